@@ -1,0 +1,1 @@
+"""The DAGs: which job, in which order, with which partition. No logic of the jobs."""

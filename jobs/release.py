@@ -1,0 +1,67 @@
+"""Build the indexes and the release of a day's challenger.
+
+The release is the codebook, the Semantic IDs, the model that `evaluate` chose, and the indexes over
+the ads that are active on the day after, when its candidates are served.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import json
+
+from jobs.command import main, parser
+from leadre_lib import facts
+from leadre_lib.catalogue import catalogue
+from leadre_lib.errors import NothingToDo
+from leadre_lib.generation import sid_sizes
+from leadre_lib.indexes import build_indexes, check_indexes
+from leadre_lib.lake import Lake, code_version
+from leadre_lib.release import Releases, environment_versions
+from leadre_lib.semantic_ids import Codebook
+from leadre_lib.settings import Settings
+
+
+def run(args: argparse.Namespace, settings: Settings) -> None:
+    """Collect the parts, build, validate."""
+    ds, lake, work = args.ds, Lake(settings.lake), settings.work(args.ds)
+    verdict_path = work / "evaluation.json"
+    if not verdict_path.exists():
+        raise NothingToDo(f"no model of ds={ds} was evaluated")
+    verdict = json.loads(verdict_path.read_text("utf-8"))
+    serving = ds + dt.timedelta(days=1)
+    ads = catalogue(lake.read("ads", ds), lake.read("ad_semantic_ids", ds), serving)
+    codebook_folder = settings.codebooks / ads.codebook
+    codebook = Codebook.load(codebook_folder)
+    parts = build_indexes(ads, sid_sizes(codebook.sizes, settings), settings, work / "indexes")
+    releases = Releases(settings.releases)
+    release = releases.build(
+        ds,
+        {"codebook": codebook_folder, "model": work / verdict["challenger"] / "model", **parts},
+        {
+            "kind": "daily",
+            "parents": {"champion": verdict["champion"], "stage": verdict["challenger"]},
+            "versions": {
+                "codebook": ads.codebook,
+                "code": code_version(),
+                **environment_versions(),
+            },
+            "metrics": verdict["valid"],
+            "inputs": dict(sorted(lake.reads.items())),
+        },
+    )
+    check_indexes(release, int(ads.active.sum()))
+    facts.write_json(work / "release.json", {"release": release.id})
+    facts.record(
+        settings,
+        ds,
+        "release",
+        release=release.id,
+        ads=len(ads.codes),
+        active=int(ads.active.sum()),
+    )
+    print(f"release {release.id}: {len(ads.codes)} ads, {int(ads.active.sum())} active")
+
+
+if __name__ == "__main__":
+    main(run, parser(__doc__), "release")

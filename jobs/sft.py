@@ -1,0 +1,66 @@
+"""Supervised fine-tuning of the day's model on the alignment tasks, by ranks under DeepSpeed.
+
+Training goes on from the champion as it was before the day; where there is none, from the base model
+of the settings, or from scratch. Writes `sft/model` and `sft/loss.json` in the day's work folder.
+Resumes from the newest whole checkpoint of an earlier attempt; done already, it only says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+
+from jobs.command import main, parser
+from leadre_lib import facts
+from leadre_lib.errors import NothingToDo
+from leadre_lib.generation import sid_sizes
+from leadre_lib.lake import Lake
+from leadre_lib.model import sid_tokens
+from leadre_lib.release import Releases
+from leadre_lib.semantic_ids import Codebook
+from leadre_lib.settings import Settings
+from leadre_lib.training import prepare_sft, run_ranks
+
+
+def _sid_vectors(codebook: Codebook, tokens: int) -> np.ndarray:
+    """Where the embeddings of new SID tokens start, float32 [tokens, latent]: the codebook's own
+    vectors; zeros for the last level's tokens, which mean nothing by themselves.
+    """
+    centroids = np.concatenate(codebook.centroids())
+    rest = np.zeros((tokens - len(centroids), centroids.shape[1]), np.float32)
+    return np.concatenate([centroids, rest])
+
+
+def run(args: argparse.Namespace, settings: Settings) -> None:
+    """Prepare what the ranks read, then run them."""
+    ds, lake = args.ds, Lake(settings.lake)
+    examples = lake.read("sft_examples", ds).sort_by("example_id")
+    if not examples.num_rows:
+        raise NothingToDo(f"no behaviours before {ds}: nothing to learn from")
+    version = examples["codebook"][0].as_py()
+    codebook = Codebook.load(settings.codebooks / version)
+    champion = Releases(settings.releases).champion(before=ds)
+    if champion is not None:
+        champion.require_codebook(version, f"`sft_examples` of ds={ds}")
+    vocabulary = sid_tokens(sid_sizes(codebook.sizes, settings))
+    prepare_sft(
+        examples,
+        settings.work(ds),
+        champion.folder if champion else None,
+        settings,
+        vocabulary,
+        _sid_vectors(codebook, len(vocabulary)),
+    )
+    run_ranks("sft", settings.work(ds), settings)
+    facts.record(
+        settings,
+        ds,
+        "sft",
+        examples=examples.num_rows,
+        started_from=champion.id if champion else settings.model.base or "scratch",
+    )
+
+
+if __name__ == "__main__":
+    main(run, parser(__doc__), "sft")

@@ -1,0 +1,1 @@
+"""LEADRE: display-ad retrieval with a language model, as a nightly batch pipeline."""

@@ -1,0 +1,336 @@
+"""Training and evaluation examples (paper, section 3.3): the alignment tasks, the preference
+pairs by business value, and the cases on which methods are compared.
+
+Targets come from behaviours before the day, cases from the day itself; each one's prompt knows only
+what is older than its cutoff. Draws depend on ids and the seed alone.
+
+Knows nothing of models, and nothing of how the tables are published.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+
+from pyspark.sql import Column, DataFrame, Window
+from pyspark.sql import functions as F
+
+from leadre_lib.curation import start_of
+from leadre_lib.interests import interests
+from leadre_lib.prompts import prompts
+from leadre_lib.settings import ExampleSettings, InterestSettings
+
+DRAW_RANGE = 1 << 24
+TARGET_EVENTS = ("click", "conversion")
+
+
+def draw(seed: int, *columns: str) -> Column:
+    """A number in [0, 1) that depends on the seed and the columns alone, equal on both engines."""
+    digest = F.sha2(F.concat_ws("|", F.lit(str(seed)), *columns), 256)
+    return F.conv(F.substring(digest, 1, 6), 16, 10).cast("bigint") / F.lit(float(DRAW_RANGE))
+
+
+def ad_targets(behaviours: DataFrame) -> DataFrame:
+    """Clicks and conversions on ads; a click that led to a conversion of the same ad is left out.
+
+    Columns of `behaviours`. The conversion says the same and more.
+    """
+    targets = behaviours.where((F.col("domain") == "ad") & F.col("event_type").isin(*TARGET_EVENTS))
+    converted = targets.where("event_type = 'conversion'").select("user_id", "item_id").distinct()
+    clicks = targets.where("event_type = 'click'").join(
+        converted, ["user_id", "item_id"], "left_anti"
+    )
+    columns = behaviours.columns
+    return (
+        targets.where("event_type = 'conversion'")
+        .select(*columns)
+        .unionAll(clicks.select(*columns))
+    )
+
+
+def cutoff_of(time: Column, settings: ExampleSettings) -> Column:
+    """The moment before which everything in a target's prompt has happened.
+
+    With `day`, midnight before the target: what a nightly batch knows when the day begins. The
+    click that led to a conversion would else give it away. With `event`, the target's own time.
+    """
+    return F.date_trunc("day", time) if settings.cutoff == "day" else time
+
+
+def next_ad_requests(behaviours: DataFrame, settings: ExampleSettings, seed: int) -> DataFrame:
+    """Which targets become examples: the latest of each user, then a draw down to the cap.
+
+    Returns:
+        request_id, user_id, cutoff, target_time, ad_id, weight.
+    """
+    weight = F.when(F.col("event_type") == "conversion", F.lit(1.0)).otherwise(
+        F.lit(settings.click_weight)
+    )
+    latest = Window.partitionBy("user_id").orderBy(F.desc("event_time"), F.desc("event_id"))
+    drawn = (
+        ad_targets(behaviours)
+        .withColumn("weight", weight)
+        .where(F.col("weight") > 0)
+        .withColumn("place", F.row_number().over(latest))
+        .where(F.col("place") <= settings.targets_per_user)
+        .withColumn("draw", draw(seed, "event_id"))
+        .orderBy("draw", "event_id")
+        .limit(settings.max_next_ad_examples)
+    )
+    return drawn.select(
+        F.col("event_id").alias("request_id"),
+        "user_id",
+        cutoff_of(F.col("event_time"), settings).alias("cutoff"),
+        F.col("event_time").alias("target_time"),
+        F.col("item_id").alias("ad_id"),
+        "weight",
+    )
+
+
+def sft_examples(
+    behaviours: DataFrame,
+    users: DataFrame,
+    ads: DataFrame,
+    semantic_ids: DataFrame,
+    settings: ExampleSettings,
+    window: InterestSettings,
+    seed: int,
+) -> DataFrame:
+    """The <Prompt, Response> rows of the main task and the three semantic tasks.
+
+    Args:
+        behaviours: of the days before the day; nothing else is learnt from.
+        users, ads, semantic_ids: the latest snapshots (`semantic_ids` with its `codebook`).
+
+    Returns:
+        The columns of the contract `sft_examples`.
+    """
+    requests = next_ad_requests(behaviours, settings, seed)
+    known = interests(requests, behaviours, window)
+    known = known.where(F.size("short_term") >= settings.min_behaviours)
+    told = prompts(known, users, semantic_ids).join(semantic_ids, "ad_id")
+    next_ad = told.select(
+        F.concat(F.lit("next_ad:"), F.col("request_id")).alias("example_id"),
+        F.lit("next_ad").alias("task"),
+        "prompt",
+        F.col("semantic_id").alias("response"),
+        "weight",
+        "user_id",
+        "ad_id",
+        "target_time",
+        "codebook",
+    )
+    by_titles = told.where(
+        draw(seed + 1, "request_id") < F.lit(settings.titles_to_sid_fraction)
+    ).select(
+        F.concat(F.lit("titles_to_sid:"), F.col("request_id")).alias("example_id"),
+        F.lit("titles_to_sid").alias("task"),
+        F.col("title_prompt").alias("prompt"),
+        F.col("semantic_id").alias("response"),
+        "weight",
+        "user_id",
+        "ad_id",
+        "target_time",
+        "codebook",
+    )
+    return next_ad.unionAll(by_titles).unionAll(text_tasks(ads, semantic_ids))
+
+
+def text_tasks(ads: DataFrame, semantic_ids: DataFrame) -> DataFrame:
+    """Name and type of each ad to its Semantic ID, and back."""
+    described = ads.join(semantic_ids.select("ad_id", "semantic_id", "codebook"), "ad_id")
+    name = F.when(F.col("category") == "", F.col("title")).otherwise(
+        F.concat("title", F.lit(" ("), "category", F.lit(")"))
+    )
+
+    def rows(task: str, prompt: Column, response: Column) -> DataFrame:
+        return described.select(
+            F.concat(F.lit(f"{task}:"), F.col("ad_id")).alias("example_id"),
+            F.lit(task).alias("task"),
+            prompt.alias("prompt"),
+            response.alias("response"),
+            F.lit(1.0).alias("weight"),
+            F.lit(None).cast("string").alias("user_id"),
+            "ad_id",
+            F.lit(None).cast("timestamp").alias("target_time"),
+            "codebook",
+        )
+
+    sid = F.col("semantic_id")
+    to_sid = rows("text_to_sid", F.concat(F.lit("Ad: "), name, F.lit("\nSemantic ID: ")), sid)
+    to_text = rows("sid_to_text", F.concat(F.lit("Semantic ID: "), sid, F.lit("\nAd: ")), name)
+    return to_sid.unionAll(to_text)
+
+
+def preference_pairs(
+    behaviours: DataFrame,
+    users: DataFrame,
+    semantic_ids: DataFrame,
+    settings: ExampleSettings,
+    window: InterestSettings,
+    seed: int,
+) -> DataFrame:
+    """Two ads that one user clicked or converted on within one day, the higher eCPM chosen.
+
+    Both ads are relevant to the user, so the pair teaches value alone. The prompt knows what came
+    before the earlier of the two (see `cutoff_of`). Ads without eCPM give no pairs.
+
+    Returns:
+        The columns of the contract `preference_pairs`.
+    """
+    valued = (
+        ad_targets(behaviours)
+        .where(F.col("ecpm").isNotNull())
+        .groupBy("user_id", F.to_date("event_time").alias("day"), F.col("item_id").alias("ad_id"))
+        .agg(F.min("event_time").alias("time"), F.max("ecpm").alias("ecpm"))
+    )
+    chosen, rejected = (
+        valued.select(
+            "user_id",
+            "day",
+            *[F.col(name).alias(f"{side}_{name}") for name in ("ad_id", "time", "ecpm")],
+        )
+        for side in ("chosen", "rejected")
+    )
+    pairs = chosen.join(rejected, ["user_id", "day"]).where(
+        F.col("chosen_ecpm") > F.col("rejected_ecpm") * F.lit(settings.min_ecpm_ratio)
+    )
+    pairs = pairs.withColumn(
+        "request_id",
+        F.concat_ws(":", "user_id", F.col("day").cast("string"), "chosen_ad_id", "rejected_ad_id"),
+    ).withColumn("draw", draw(seed + 2, "request_id"))
+    order = Window.partitionBy("user_id").orderBy("draw", "request_id")
+    pairs = (
+        pairs.withColumn("place", F.row_number().over(order))
+        .where(F.col("place") <= settings.pairs_per_user)
+        .orderBy("draw", "request_id")
+        .limit(settings.max_preference_pairs)
+        .withColumn("target_time", F.least("chosen_time", "rejected_time"))
+        .withColumn("cutoff", cutoff_of(F.col("target_time"), settings))
+    )
+    ids = semantic_ids.select("ad_id", "semantic_id", "codebook")
+    sides = pairs.join(
+        ids.select(F.col("ad_id").alias("chosen_ad_id"), F.col("semantic_id").alias("chosen")),
+        "chosen_ad_id",
+    ).join(
+        ids.select(
+            F.col("ad_id").alias("rejected_ad_id"),
+            F.col("semantic_id").alias("rejected"),
+            "codebook",
+        ),
+        "rejected_ad_id",
+    )
+    known = interests(sides, behaviours, window)
+    known = known.where(F.size("short_term") >= settings.min_behaviours)
+    return prompts(known, users, semantic_ids).select(
+        F.col("request_id").alias("pair_id"),
+        "user_id",
+        "prompt",
+        "chosen",
+        "rejected",
+        "chosen_ecpm",
+        "rejected_ecpm",
+        "target_time",
+        "codebook",
+    )
+
+
+def eval_targets(arrived: DataFrame, ds: dt.date, settings: ExampleSettings) -> DataFrame:
+    """The conversions of the day that are to be predicted, one a user and ad.
+
+    `arrived` are the day's behaviours. A case's cutoff is the start of the day or, where the
+    user's first target is older (it came late), that target's time.
+    """
+    targets = arrived.where("domain = 'ad' AND event_type = 'conversion'")
+    if settings.eval_targets == "happened":
+        targets = targets.where(F.col("event_time") >= start_of(ds))
+    first = Window.partitionBy("user_id")
+    return (
+        targets.groupBy("user_id", F.col("item_id").alias("ad_id"))
+        .agg(F.min("event_time").alias("time"), F.max("ecpm").alias("target_ecpm"))
+        .withColumn("cutoff", F.least(start_of(ds), F.min("time").over(first)))
+        .withColumn("case_id", F.concat_ws(":", "user_id", "ad_id"))
+    )
+
+
+def eval_examples(
+    behaviours: DataFrame,
+    arrived: DataFrame,
+    users: DataFrame,
+    semantic_ids: DataFrame,
+    ds: dt.date,
+    settings: ExampleSettings,
+    window: InterestSettings,
+    seed: int,
+) -> DataFrame:
+    """The evaluation cases of the day.
+
+    Args:
+        behaviours: of the day and the days before it.
+        arrived: of the day alone, where the targets are.
+
+    Returns:
+        The columns of the contract `eval_examples`.
+    """
+    if settings.split_by == "prefix":
+        split = F.when(F.col("user_id").startswith("valid-"), "valid").otherwise("test")
+    else:
+        is_valid = draw(seed + 3, "user_id") < F.lit(settings.valid_fraction)
+        split = F.when(is_valid, "valid").otherwise("test")
+    order = Window.partitionBy("split").orderBy(draw(seed + 4, "case_id"), "case_id")
+    cap = F.when(F.col("split") == "valid", settings.max_valid_cases).otherwise(
+        settings.max_test_cases
+    )
+    cases = (
+        eval_targets(arrived, ds, settings)
+        .withColumn("split", split)
+        .withColumn("place", F.row_number().over(order))
+        .where(F.col("place") <= cap)
+        .select("case_id", "split", "user_id", "ad_id", "target_ecpm", "cutoff")
+    )
+    # Cases of one user share one request: the prompt is built, and later decoded, once.
+    requests = cases.select(F.col("user_id").alias("request_id"), "user_id", "cutoff").distinct()
+    known = interests(requests, behaviours, window).where(
+        F.size("short_term") >= settings.min_behaviours
+    )
+    histories = ad_history(requests, behaviours)
+    told = prompts(known, users, semantic_ids).join(histories, "request_id", "left")
+    codebook = semantic_ids.select(F.col("ad_id"), "codebook")
+    return (
+        cases.join(told.select("user_id", "prompt", "history_ad_ids"), "user_id")
+        .join(codebook, "ad_id")
+        .select(
+            "case_id",
+            "split",
+            "user_id",
+            "prompt",
+            F.coalesce("history_ad_ids", F.array().cast("array<string>")).alias("history_ad_ids"),
+            F.col("ad_id").alias("target_ad_id"),
+            "target_ecpm",
+            "cutoff",
+            "codebook",
+        )
+    )
+
+
+def ad_history(requests: DataFrame, behaviours: DataFrame) -> DataFrame:
+    """`request_id` with `history_ad_ids`: the ads clicked or converted on before the cutoff,
+    oldest first; an ad twice in a row, such as clicked and then converted on, stands once.
+    """
+    steps = (
+        requests.select("request_id", "user_id", "cutoff")
+        .join(
+            behaviours.where((F.col("domain") == "ad") & F.col("event_type").isin(*TARGET_EVENTS)),
+            "user_id",
+        )
+        .where(F.col("event_time") < F.col("cutoff"))
+    )
+    order = Window.partitionBy("request_id").orderBy("event_time", "event_id")
+    before = F.lag("item_id").over(order)
+    steps = steps.withColumn("again", F.coalesce(before == F.col("item_id"), F.lit(False)))
+    placed = F.sort_array(F.collect_list(F.struct("event_time", "event_id", "item_id")))
+    return (
+        steps.where(~F.col("again"))
+        .groupBy("request_id")
+        .agg(placed.alias("placed"))
+        .select("request_id", F.transform("placed", lambda x: x["item_id"]).alias("history_ad_ids"))
+    )

@@ -1,0 +1,154 @@
+"""Our models and the baselines on the same evaluation cases, and the verdict on the challenger.
+
+Knows nothing of where cases come from, or of how a release is built.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from leadre_lib.catalogue import Catalogue
+from leadre_lib.decoding import BeamDecoder
+from leadre_lib.evaluation import (
+    Histories,
+    Scorer,
+    item_knn,
+    metrics_from_scores,
+    nearest_titles,
+    popularity,
+    rank_metrics,
+)
+from leadre_lib.generation import decode_distinct
+
+GATE = "HR@10"
+
+
+@dataclass(frozen=True)
+class Cases:
+    """Evaluation cases as catalogue rows. `ecpm` is NaN where a target has none."""
+
+    prompts: list[str]
+    histories: Histories
+    target: np.ndarray
+    ecpm: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+def cases_of(examples: pa.Table, catalogue: Catalogue) -> Cases:
+    """Rows of `eval_examples` as cases; ads that the catalogue has forgotten leave a history."""
+    lists = examples["history_ad_ids"].combine_chunks()
+    rows = catalogue.rows(lists.flatten())
+    case = np.repeat(np.arange(len(lists)), pc.list_value_length(lists).to_numpy())
+    known = rows >= 0
+    lengths = np.bincount(case[known], minlength=len(lists))
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    ecpm = pc.fill_null(examples["target_ecpm"], float("nan")).to_numpy()
+    return Cases(
+        examples["prompt"].to_pylist(),
+        Histories(offsets, rows[known]),
+        catalogue.rows(examples["target_ad_id"]),
+        ecpm,
+    )
+
+
+def interactions(behaviours: pa.Table, catalogue: Catalogue) -> tuple[np.ndarray, np.ndarray]:
+    """User numbers and catalogue rows of the clicks and conversions that baselines learn from."""
+    chosen = pc.and_(
+        pc.equal(behaviours["domain"], "ad"),
+        pc.is_in(behaviours["event_type"], pa.array(["click", "conversion"])),
+    )
+    taken = behaviours.filter(chosen)
+    rows = catalogue.rows(taken["item_id"])
+    users = taken["user_id"].combine_chunks().dictionary_encode().indices.to_numpy()
+    return users[rows >= 0].astype(np.int64), rows[rows >= 0]
+
+
+def baseline_scorers(
+    users: np.ndarray, rows: np.ndarray, embeddings: np.ndarray
+) -> dict[str, Scorer]:
+    """The baselines by name; see `interactions`, and `embeddings` float32 [catalogue, dim]."""
+    return {
+        "popularity": popularity(rows, len(embeddings)),
+        "item-knn": item_knn(users, rows, len(embeddings)),
+        "nearest-titles": nearest_titles(embeddings),
+    }
+
+
+def baseline_metrics(
+    scorer: Scorer, cases: Cases, catalogue: Catalogue, exclude_seen: bool
+) -> dict[str, float]:
+    """Metrics of a method that scores the whole catalogue."""
+    return metrics_from_scores(
+        scorer, cases.histories, cases.target, catalogue.active, cases.ecpm, exclude_seen
+    )
+
+
+def model_metrics(
+    decoder: BeamDecoder, cases: Cases, catalogue: Catalogue, exclude_seen: bool
+) -> dict[str, float]:
+    """Metrics of a model through constrained beam search, ranked over items."""
+    exclude = None
+    if exclude_seen:
+        exclude = np.split(cases.histories.values, cases.histories.offsets[1:-1])
+    ranked = decode_distinct(decoder, cases.prompts, 10, exclude)
+    return rank_metrics(ranked, cases.target, int(catalogue.active.sum()), cases.ecpm)
+
+
+def verdict(
+    stages: dict[str, dict[str, float]],
+    champion: str | None,
+    champion_metrics: dict[str, float] | None,
+    tolerance: float,
+) -> dict[str, Any]:
+    """Which stage challenges, and whether it is promoted.
+
+    Args:
+        stages: validation metrics of `sft` and, where it was trained, `dpo`.
+        champion: the release to beat, with its metrics on the same cases; None: there is none.
+        tolerance: HR@10 that may be lost, to SFT by DPO and to the champion by the challenger.
+
+    Returns:
+        `challenger`, `promote`, `reason`, `champion` and `valid` (the challenger's metrics).
+    """
+    challenger, note = "sft", ""
+    if "dpo" in stages:
+        loss = stages["sft"][GATE] - stages["dpo"][GATE]
+        if loss <= tolerance:
+            challenger = "dpo"
+        else:
+            note = f"; DPO was left out, it lost {loss:.4f} {GATE} against SFT"
+    own = stages[challenger][GATE]
+    if champion_metrics is None:
+        promote, reason = True, f"the first model, validation {GATE} {own:.4f}"
+    else:
+        theirs = champion_metrics[GATE]
+        promote = own >= theirs - tolerance
+        word = "within" if promote else "beyond"
+        reason = (
+            f"validation {GATE} {own:.4f} against {theirs:.4f} of {champion},"
+            f" {word} the tolerance of {tolerance}"
+        )
+    return {
+        "challenger": challenger,
+        "promote": promote,
+        "reason": reason + note,
+        "champion": champion,
+        "valid": stages[challenger],
+    }
+
+
+def metric_rows(
+    method: str, split: str, metrics: dict[str, float], cases: int
+) -> list[dict[str, Any]]:
+    """Metrics as rows of the contract `metrics`."""
+    return [
+        {"method": method, "split": split, "metric": name, "value": value, "cases": cases}
+        for name, value in sorted(metrics.items())
+    ]

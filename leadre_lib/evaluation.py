@@ -1,0 +1,289 @@
+"""Ranking metrics and the baselines that they are compared with.
+
+All numbers are catalogue rows: an item is a row of one catalogue, whatever its ids are, and every
+method ranks the active rows of that catalogue for the same cases. A baseline gives scores for all
+rows, so ties count half; a generator gives a ranked list. A score that is not finite is an error,
+since every comparison with NaN is false and the ranking would count it as a hit.
+
+Knows nothing of tables, prompts, models or Semantic IDs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy import sparse
+
+from leadre_lib.errors import LeadreError
+
+Rows = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+
+KS_HR = (1, 3, 5, 10)
+KS_NDCG = (3, 5, 10)
+WEIGHTED_HR = "eCPM-weighted HR@10"
+COVERAGE_K = 10
+CHUNK_SCORES = 1 << 23
+DECAY = 0.7
+
+Scorer = Callable[["Histories"], Floats]
+"""Histories of some cases → finite scores float64 [cases, catalogue], higher is better."""
+
+
+@dataclass(frozen=True)
+class Histories:
+    """Ragged catalogue rows: case i has `values[offsets[i]:offsets[i + 1]]`, oldest first."""
+
+    offsets: Rows
+    values: Rows
+
+    @classmethod
+    def of(cls, lists: Iterable[Sequence[int]]) -> Histories:
+        """From one list a case."""
+        arrays = [np.asarray(rows, np.int64) for rows in lists]
+        offsets = np.cumsum([0, *(len(rows) for rows in arrays)])
+        return cls(offsets.astype(np.int64), np.concatenate([*arrays, np.empty(0, np.int64)]))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def cases(self) -> Rows:
+        """The case of each value [values]."""
+        return np.repeat(np.arange(len(self)), np.diff(self.offsets))
+
+    def slice(self, start: int, stop: int) -> Histories:
+        """The cases start … stop - 1."""
+        offsets = self.offsets[start : stop + 1]
+        return Histories(offsets - offsets[0], self.values[offsets[0] : offsets[-1]])
+
+    def matrix(self, catalogue: int, decay: float = 1.0) -> sparse.csr_array:
+        """Float64 [cases, catalogue]: for each row the sum of decay ** steps before the last."""
+        steps = self.offsets[1:][self.cases] - 1 - np.arange(len(self.values))
+        entries = (decay**steps, (self.cases, self.values))
+        return sparse.csr_array(entries, shape=(len(self), catalogue))
+
+
+# --- metrics ------------------------------------------------------------------------------------
+
+
+def rank_metrics(
+    ranked: Rows,
+    target: Rows,
+    catalogue: int,
+    weight: Floats | None = None,
+    scores: Floats | None = None,
+    ks_hr: Sequence[int] = KS_HR,
+    ks_ndcg: Sequence[int] = KS_NDCG,
+) -> dict[str, float]:
+    """Metrics of ranked lists: one relevant item a case.
+
+    Args:
+        ranked: catalogue rows [cases, k], best first, -1 where a list is shorter. A k below the
+            largest cut-off means that nothing follows.
+        target: the relevant row [cases]; one that is never ranked (such as -1) is a miss.
+        catalogue: how many items are active: what coverage is a share of.
+        weight: eCPM [cases], NaN where there is none.
+        scores: [cases, k], only checked.
+
+    Returns:
+        `HR@k`, `NDCG@k`, `coverage` (share of the active items that some top 10 holds) and, where
+        a case has a weight, `eCPM-weighted HR@10`. Means over all cases.
+
+    Raises:
+        LeadreError: a score is not finite, a list holds an item twice, or there are no cases.
+    """
+    if scores is not None:
+        _require_finite(np.where(ranked >= 0, scores, 0.0))
+    ordered = np.sort(ranked, axis=1)
+    if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
+        raise LeadreError("evaluation: a ranked list holds an item twice")
+    hit = (ranked == target[:, None]) & (ranked >= 0)
+    rank = np.where(hit.any(1), hit.argmax(1) + 1.0, np.inf)
+    return {
+        **_metrics_from_ranks(rank, weight, ks_hr, ks_ndcg),
+        "coverage": _coverage(ranked, catalogue),
+    }
+
+
+def metrics_from_scores(
+    scorer: Scorer,
+    histories: Histories,
+    target: Rows,
+    active: Mask,
+    weight: Floats | None = None,
+    exclude_seen: bool = False,
+    ks_hr: Sequence[int] = KS_HR,
+    ks_ndcg: Sequence[int] = KS_NDCG,
+) -> dict[str, float]:
+    """Metrics of a method that scores the whole catalogue; the target's ties count half.
+
+    The target's rank is 1 + how many active items score higher + half of the others that score
+    the same. Coverage takes ties in the order of the rows.
+
+    Args:
+        scorer: gives the scores, some cases at a time.
+        histories, target, weight: the cases; see `rank_metrics`.
+        active: bool [catalogue]: what may be ranked. A target that may not is a miss.
+        exclude_seen: also leave out what is in the case's own history.
+
+    Returns:
+        As `rank_metrics`.
+
+    Raises:
+        LeadreError: a score is not finite, or there are no cases.
+    """
+    step = max(1, CHUNK_SCORES // max(len(active), 1))
+    ranks, tops = [np.empty(0)], [np.empty((0, COVERAGE_K), np.int64)]
+    for start in range(0, len(target), step):
+        part = histories.slice(start, min(start + step, len(target)))
+        scores = _masked_scores(scorer, part, active, exclude_seen)
+        ranks.append(_ranks(scores, target[start : start + step]))
+        tops.append(_top_k(scores, COVERAGE_K))
+    return {
+        **_metrics_from_ranks(np.concatenate(ranks), weight, ks_hr, ks_ndcg),
+        "coverage": _coverage(np.concatenate(tops), int(active.sum())),
+    }
+
+
+def recommend(
+    scorer: Scorer, histories: Histories, active: Mask, k: int, exclude_seen: bool = False
+) -> Rows:
+    """The k best active rows of each case, best first, ties by row; [cases, k], padded with -1."""
+    step = max(1, CHUNK_SCORES // max(len(active), 1))
+    tops = [
+        _top_k(
+            _masked_scores(
+                scorer,
+                histories.slice(start, min(start + step, len(histories))),
+                active,
+                exclude_seen,
+            ),
+            k,
+        )
+        for start in range(0, len(histories), step)
+    ]
+    return np.concatenate([np.empty((0, k), np.int64), *tops])
+
+
+def drop_seen(ranked: Rows, histories: Histories) -> Rows:
+    """Leave what a case's own history holds out of its ranked list; later items move up.
+
+    The same rule as `exclude_seen` has for scores. Same shape, padded with -1 at the end.
+    """
+    width = max(ranked.max(initial=0), histories.values.max(initial=0)) + 1
+    key = np.arange(len(ranked))[:, None] * width + ranked
+    gone = (ranked < 0) | np.isin(key, histories.cases * width + histories.values)
+    order = np.argsort(gone, axis=1, kind="stable")
+    return np.take_along_axis(np.where(gone, -1, ranked), order, 1)
+
+
+# --- baselines ----------------------------------------------------------------------------------
+
+
+def popularity(train_rows: Rows, catalogue: int) -> Scorer:
+    """How often an item occurs in the training interactions, whoever asks."""
+    counts = np.bincount(train_rows, minlength=catalogue).astype(np.float64)
+    return lambda histories: np.broadcast_to(counts, (len(histories), catalogue))
+
+
+def item_knn(train_users: Rows, train_rows: Rows, catalogue: int) -> Scorer:
+    """Item-kNN (Sarwar et al. 2001): cosine of two items' users, summed over the whole history.
+
+    An item is no neighbour of itself. Popularity orders the items that score the same, most of
+    which share no user with the history.
+
+    Args:
+        train_users: user number of each training interaction.
+        train_rows: catalogue row of each training interaction.
+    """
+    shape = (int(train_users.max(initial=-1)) + 1, catalogue)
+    seen = sparse.csr_array((np.ones(len(train_rows)), (train_users, train_rows)), shape=shape)
+    seen.sum_duplicates()
+    seen.data[:] = 1.0
+    length = np.sqrt(np.asarray(seen.sum(axis=0)).ravel())
+    unit = seen @ sparse.diags_array(np.divide(1.0, length, where=length > 0, out=length.copy()))
+    similarity = sparse.csr_array(unit.T @ unit)
+    similarity.setdiag(0.0)
+    similarity.eliminate_zeros()
+    counts = np.bincount(train_rows, minlength=catalogue)
+    # Far below any step between two sums of cosines, so that it only orders what ties.
+    tie_break = 1e-6 * counts / max(counts.max(initial=0), 1)
+    return lambda histories: (histories.matrix(catalogue) @ similarity).toarray() + tie_break
+
+
+def nearest_titles(embeddings: npt.NDArray[np.float32], decay: float = DECAY) -> Scorer:
+    """Inner product with the history's embeddings, each step back weighing `decay` as much.
+
+    Args:
+        embeddings: float32 [catalogue, dim], rows of length 1.
+    """
+
+    def scores(histories: Histories) -> Floats:
+        query = histories.matrix(len(embeddings), decay) @ embeddings.astype(np.float64)
+        # Equal texts have equal scores; without rounding their last bits would break the tie.
+        return (query @ embeddings.T.astype(np.float64)).round(9)
+
+    return scores
+
+
+# --- parts --------------------------------------------------------------------------------------
+
+
+def _metrics_from_ranks(
+    rank: Floats, weight: Floats | None, ks_hr: Sequence[int], ks_ndcg: Sequence[int]
+) -> dict[str, float]:
+    """`rank` [cases] starts at 1, is inf for a miss and k.5 for a tie."""
+    if not len(rank):
+        raise LeadreError("evaluation: there are no cases to evaluate on")
+    metrics = {f"HR@{k}": float((rank <= k).mean()) for k in ks_hr}
+    gain = 1 / np.log2(rank + 1)
+    metrics |= {f"NDCG@{k}": float(np.where(rank <= k, gain, 0.0).mean()) for k in ks_ndcg}
+    known = np.zeros(len(rank), bool) if weight is None else np.isfinite(weight)
+    if weight is not None and weight[known].sum() > 0:
+        metrics[WEIGHTED_HR] = float(np.average(rank[known] <= 10, weights=weight[known]))
+    return metrics
+
+
+def _masked_scores(
+    scorer: Scorer, histories: Histories, active: Mask, exclude_seen: bool
+) -> Floats:
+    """Finite scores [cases, catalogue], with -inf for what may not be ranked."""
+    scores = np.array(scorer(histories), np.float64)
+    _require_finite(scores)
+    scores[:, ~active] = -np.inf
+    if exclude_seen:
+        scores[histories.cases, histories.values] = -np.inf
+    return scores
+
+
+def _require_finite(scores: Floats) -> None:
+    bad = np.count_nonzero(~np.isfinite(scores))
+    if bad:
+        raise LeadreError(
+            f"evaluation: {bad} of {scores.size} scores are not finite (NaN or infinite);"
+            " the method that gave them is broken, so nothing is reported"
+        )
+
+
+def _ranks(scores: Floats, target: Rows) -> Floats:
+    own = np.where(target >= 0, scores[np.arange(len(target)), target], -np.inf)
+    higher = (scores > own[:, None]).sum(1)
+    ties = (scores == own[:, None]).sum(1) - 1
+    return np.where(np.isfinite(own), 1 + higher + ties / 2, np.inf)
+
+
+def _top_k(scores: Floats, k: int) -> Rows:
+    """Rows of the k best finite scores, ties by row, padded with -1."""
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :k].astype(np.int64)
+    best[~np.isfinite(np.take_along_axis(scores, best, 1))] = -1
+    return np.pad(best, ((0, 0), (0, k - best.shape[1])), constant_values=-1)
+
+
+def _coverage(ranked: Rows, catalogue: int) -> float:
+    top = np.unique(ranked[:, :COVERAGE_K])
+    return float((top >= 0).sum() / catalogue) if catalogue else 0.0

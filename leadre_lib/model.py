@@ -1,0 +1,320 @@
+"""The decoder and its tokenizer: a small Qwen2 from scratch, or any causal language model.
+
+One Semantic ID is written as one token a level, `<a_12><b_6><c_22><d_0>`: the letter is the level,
+the number the code, the last level tells apart ads whose other codes collide. This module owns that
+spelling, the vocabulary, the initial weights, and the folder that holds a model.
+
+It does not know what a prompt says, how a model is trained or how it is decoded.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import string
+import uuid
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+from transformers.utils.logging import disable_progress_bar
+
+from leadre_lib.errors import LeadreError
+from leadre_lib.settings import ModelSettings
+
+EOS_TOKEN = "<|endoftext|>"  # noqa: S105
+PAD_TOKEN = "<|pad|>"  # noqa: S105
+disable_progress_bar()  # a bar for every file read or written drowns a job's log
+SID_PATTERN = re.compile(r"<([a-z])_(\d+)>")
+
+
+class ModelError(LeadreError):
+    """A model folder is missing, damaged or of the wrong kind."""
+
+
+def sid_tokens(sizes: Sequence[int]) -> list[str]:
+    """Spell every Semantic ID token, level by level: `sizes[l]` codes at level `l`.
+
+    The last level is the disambiguation token. The order is that of all per-token arrays.
+    """
+    if len(sizes) > len(string.ascii_lowercase):
+        raise LeadreError(f"{len(sizes)} levels: a Semantic ID can have 26 at most")
+    return [
+        f"<{letter}_{code}>"
+        for letter, size in zip(string.ascii_lowercase, sizes, strict=False)
+        for code in range(size)
+    ]
+
+
+def sid_token_ids(tokenizer: PreTrainedTokenizerBase, sizes: Sequence[int]) -> list[np.ndarray]:
+    """The token id of each code, one int64 array [sizes[l]] a level.
+
+    Raises:
+        ModelError: the tokenizer lacks one of the tokens; the message names it.
+    """
+    vocabulary = tokenizer.get_vocab()
+    tokens = sid_tokens(sizes)
+    missing = next((token for token in tokens if token not in vocabulary), None)
+    if missing is not None:
+        raise ModelError(f"the tokenizer has no token {missing}: it is of another codebook")
+    ids = np.array(_token_ids(tokenizer, tokens), np.int64)
+    return np.split(ids, np.cumsum(sizes)[:-1])
+
+
+def build_tokenizer(
+    texts: Iterable[str], sid_vocab: Sequence[str], vocabulary: int
+) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE of `vocabulary` tokens on `texts`, and add one token a SID code.
+
+    Byte level: every string is encoded without an unknown token and decodes back exactly. The same
+    texts in the same order give the same tokenizer.
+    """
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[EOS_TOKEN, PAD_TOKEN],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    # Semantic IDs are tokens of their own; merges inside them would waste the vocabulary.
+    bpe.train_from_iterator((SID_PATTERN.sub(" ", text) for text in texts), trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token=EOS_TOKEN,
+        pad_token=PAD_TOKEN,
+        padding_side="left",
+        truncation_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+    _add_tokens(tokenizer, sid_vocab)
+    return tokenizer
+
+
+def _add_tokens(tokenizer: PreTrainedTokenizerBase, sid_vocab: Sequence[str]) -> list[int]:
+    """Add the SID tokens that are not there yet; return the ids of the new ones."""
+    known = tokenizer.get_vocab()
+    new = [token for token in sid_vocab if token not in known]
+    tokenizer.add_tokens([AddedToken(t, normalized=False, special=False) for t in new])
+    return _token_ids(tokenizer, new)
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:
+    vocabulary = tokenizer.get_vocab()
+    return [vocabulary[token] for token in tokens]
+
+
+def build_model(
+    settings: ModelSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    sid_vectors: np.ndarray | None = None,
+) -> PreTrainedModel:
+    """Build a Qwen2 with grouped-query attention and tied embeddings, in float32, untrained.
+
+    Args:
+        settings: sizes.
+        tokenizer: gives the vocabulary.
+        seed: of the initial weights.
+        sid_vectors: float [SID tokens, any width], in the order of `sid_tokens`: what each token
+            stands for, such as the centroid of its code. The token's embedding starts as its
+            principal components. Rows that are not finite keep their random start.
+    """
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.kv_heads,
+        max_position_embeddings=settings.max_tokens,
+        tie_word_embeddings=True,
+        use_sliding_window=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Qwen2ForCausalLM(config)
+    if sid_vectors is not None:
+        tokens = _sid_tokens_of(tokenizer)
+        if len(tokens) != len(sid_vectors):
+            raise LeadreError(f"{len(sid_vectors)} vectors for {len(tokens)} Semantic ID tokens")
+        start = _project(sid_vectors, [t[1] for t in tokens], settings.hidden_size)
+        _set_rows(model, _token_ids(tokenizer, tokens), start * config.initializer_range)
+    return model
+
+
+def _sid_tokens_of(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The tokenizer's SID tokens in the order of `sid_tokens`."""
+    found = [m for m in map(SID_PATTERN.fullmatch, tokenizer.get_vocab()) if m]
+    return [m[0] for m in sorted(found, key=lambda m: (m[1], int(m[2])))]
+
+
+def _project(vectors: np.ndarray, levels: Sequence[str], width: int) -> np.ndarray:
+    """Principal components [rows, width] with standard deviation 1 in each level.
+
+    Residual codebooks shrink from level to level; scaling each by itself lets all be heard.
+    """
+    vectors, level_of = np.asarray(vectors, np.float64), np.asarray(levels)
+    finite = np.isfinite(vectors).all(axis=1)
+    projected = np.full((len(vectors), width), np.nan)
+    if not finite.any():
+        return projected
+    kept = vectors[finite] - vectors[finite].mean(axis=0)
+    _, _, components = np.linalg.svd(kept, full_matrices=False)
+    components *= np.sign(components[:, np.abs(components).argmax(axis=1)].diagonal())[:, None]
+    components = components[:width]
+    projected[finite] = 0.0
+    projected[np.ix_(finite, np.arange(len(components)))] = kept @ components.T
+    for level in np.unique(level_of):
+        rows = finite & (level_of == level)
+        if rows.any() and (spread := projected[rows].std()) > 0:
+            projected[rows] /= spread
+    return projected
+
+
+def _set_rows(model: PreTrainedModel, ids: Sequence[int], rows: np.ndarray) -> None:
+    """Write the finite rows [len(ids), hidden] into the (tied) input embeddings."""
+    finite = np.isfinite(rows).all(axis=1)
+    weight = _weight(model.get_input_embeddings())
+    with torch.no_grad():
+        where = torch.as_tensor(np.asarray(ids)[finite])
+        weight[where] = torch.as_tensor(rows[finite], dtype=weight.dtype)
+
+
+def _weight(layer: torch.nn.Module) -> torch.Tensor:
+    weight = layer.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight
+
+
+def load_base(path_or_hub_id: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load any causal language model and its fast tokenizer, in float32, without remote code.
+
+    Raises:
+        ModelError: neither a folder with such a model nor a hub id that can be fetched.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path_or_hub_id, padding_side="left")
+        model = AutoModelForCausalLM.from_pretrained(
+            path_or_hub_id, dtype=torch.float32, use_safetensors=True, attn_implementation="sdpa"
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"model.base {path_or_hub_id!r}: neither a folder with a causal language model nor a"
+            f" hub id that can be fetched ({reason})"
+        ) from None
+    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+        raise ModelError(f"model.base {path_or_hub_id!r}: needs a fast tokenizer with an EOS token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.truncation_side = "left"
+    return model, tokenizer
+
+
+def add_sid_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sid_vocab: Sequence[str],
+    seed: int,
+    spread: float = 0.1,
+) -> int:
+    """Add the SID tokens that are missing and give them embeddings; return how many were new.
+
+    A new row, of the input and of an untied output embedding, is the mean of the old rows plus
+    noise of `spread` times their standard deviation: a mean alone would make all codes alike.
+    """
+    new = _add_tokens(tokenizer, sid_vocab)
+    if not new:
+        return 0
+    old_size = _weight(model.get_input_embeddings()).shape[0]
+    used = min(new[0], old_size)
+    if len(tokenizer) > old_size:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    generator = torch.Generator().manual_seed(seed)
+    weights = [_weight(m) for m in (model.get_input_embeddings(), model.get_output_embeddings())]
+    with torch.no_grad():
+        for weight in {id(w): w for w in weights}.values():
+            old = weight[:used].float()
+            noise = torch.randn(len(new), weight.shape[1], generator=generator)
+            weight[torch.tensor(new)] = (old.mean(0) + spread * old.std(0) * noise).to(weight.dtype)
+    return len(new)
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write safetensors, configuration and tokenizer into `folder`, whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    mark = uuid.uuid4().hex
+    staged = folder.with_name(f".{folder.name}.{mark}.new")
+    old = folder.with_name(f".{folder.name}.{mark}.old")
+    try:
+        model.save_pretrained(staged)
+        tokenizer.save_pretrained(staged)
+        if folder.exists():
+            folder.rename(old)
+        staged.rename(folder)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def load(
+    folder: Path, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """Load what `save` wrote; nothing is fetched or unpickled.
+
+    Raises:
+        ModelError: the folder or a file in it is missing or damaged; the message names it.
+    """
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        _check_json(folder / name)
+    try:
+        # Not AutoTokenizer: for known architectures it puts its own pre-tokenizer in.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+        )
+    except Exception as error:  # the loaders raise a dozen kinds for one cause: a damaged folder
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{folder}: not a model that can be loaded ({reason})") from error
+    model, details = loaded
+    _check_complete(folder, details)
+    return model, tokenizer
+
+
+def _check_json(path: Path) -> None:
+    try:
+        json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ModelError(f"{path.parent}: no model there ({path.name} is missing)") from None
+    except ValueError:
+        raise ModelError(f"{path}: damaged, not valid JSON") from None
+
+
+def _check_complete(folder: Path, details: dict[str, Any]) -> None:
+    """Missing weights would be filled with random numbers, with no more than a warning."""
+    wrong = sorted(map(str, (*details["missing_keys"], *details["mismatched_keys"])))
+    if wrong:
+        raise ModelError(f"{folder}: weights are missing or of another shape: {wrong[0]}, …")

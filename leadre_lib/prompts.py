@@ -1,0 +1,108 @@
+"""The intent-aware prompt (paper, section 3.1 and figure 2): five parts in one text.
+
+Role, profile, long-term interest, short-term interest, question. Native Spark columns only; a
+float never becomes text, because engines write floats differently.
+
+Knows nothing of tokens, tasks or models.
+"""
+
+from __future__ import annotations
+
+from pyspark.sql import Column, DataFrame
+from pyspark.sql import functions as F
+
+from leadre_lib.interests import age_in_days
+
+ROLE = "You are an ad recommendation system."
+QUESTION = "What ad will the user be interested in next?\nAnswer: "
+
+
+def profile_sentence() -> Column:
+    """The profile as one sentence; what is not known leaves no hole, nothing known no sentence."""
+
+    def part(column: str, before: str, after: str = "") -> Column:
+        return F.concat(F.lit(before), F.col(column).cast("string"), F.lit(after))
+
+    parts = F.concat_ws(
+        ", ",
+        part("age", "", " years old"),
+        part("gender", ""),
+        part("residence", "lives in "),
+        part("education", "education "),
+        part("occupation", "works as "),
+    )
+    return F.when(parts != "", F.concat(F.lit("The user: "), parts, F.lit(".")))
+
+
+def long_term_sentence() -> Column:
+    """`category*times` of the strongest categories; null where there is none."""
+    items = F.transform(
+        "long_term", lambda x: F.concat(x["category"], F.lit("*"), x["times"].cast("string"))
+    )
+    text = F.concat(F.lit("Long-term interests: "), F.array_join(items, ", "), F.lit("."))
+    return F.when(F.size("long_term") > 0, text)
+
+
+def short_term_sentences(requests: DataFrame, semantic_ids: DataFrame) -> DataFrame:
+    """`request_id` with `with_ids` and `with_titles`: `days ago*behaviour*what`, oldest first.
+
+    `what` is the Semantic ID of an ad (its title in `with_titles`) and the title of content.
+    Requests without behaviours are left out.
+    """
+    ids = semantic_ids.select(
+        F.col("ad_id").alias("item_id"), F.lit("ad").alias("domain"), "semantic_id"
+    )
+    steps = (
+        requests.select("request_id", "cutoff", F.posexplode("short_term").alias("place", "step"))
+        .select("request_id", "cutoff", "place", "step.*")
+        .join(ids, ["item_id", "domain"], "left")
+    )
+    days = age_in_days(F.col("cutoff"), F.col("event_time")).cast("string")
+    start = F.concat(days, F.lit("*"), F.col("event_type"), F.lit("*"))
+    steps = steps.select(
+        "request_id",
+        F.struct(
+            "place",
+            F.concat(start, F.coalesce("semantic_id", "title")).alias("with_ids"),
+            F.concat(start, F.col("title")).alias("with_titles"),
+        ).alias("step"),
+    )
+    collected = steps.groupBy("request_id").agg(F.sort_array(F.collect_list("step")).alias("steps"))
+
+    def sentence(field: str) -> Column:
+        texts = F.transform("steps", lambda x: x[field])
+        return F.concat(F.lit("Recent behaviours: "), F.array_join(texts, "; "), F.lit("."))
+
+    return collected.select(
+        "request_id",
+        sentence("with_ids").alias("with_ids"),
+        sentence("with_titles").alias("with_titles"),
+    )
+
+
+def prompts(requests: DataFrame, users: DataFrame, semantic_ids: DataFrame) -> DataFrame:
+    """The prompt of each request.
+
+    Args:
+        requests: as `interests` gives them.
+        users: the curated snapshot; a user who is not in it has no profile sentence.
+        semantic_ids: `ad_id` and `semantic_id` of every ad known.
+
+    Returns:
+        The columns of `requests` with `prompt`, in which ads stand as Semantic IDs, and
+        `title_prompt`, in which they stand by their titles.
+    """
+    profiles = users.select("user_id", profile_sentence().alias("profile"))
+    joined = requests.join(profiles, "user_id", "left").join(
+        short_term_sentences(requests, semantic_ids), "request_id", "left"
+    )
+
+    def text(short_term: str) -> Column:
+        parts = [F.lit(ROLE), F.col("profile"), long_term_sentence(), F.col(short_term)]
+        return F.concat_ws("\n", *parts, F.lit(QUESTION))
+
+    return (
+        joined.withColumn("prompt", text("with_ids"))
+        .withColumn("title_prompt", text("with_titles"))
+        .drop("profile", "with_ids", "with_titles")
+    )

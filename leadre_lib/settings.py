@@ -1,0 +1,369 @@
+"""Typed settings: a profile file, a source file over it, environment variables over both.
+
+Order of precedence, highest first: `LEADRE_*` environment variables (`LEADRE_SFT__EPOCHS=2` sets
+`sft.epochs`), arguments of `load_settings`, `conf/sources/<source>.yaml`, `conf/<profile>.yaml`,
+the defaults below. An unknown name or a bad value stops the program and is named.
+
+Knows nothing of Spark, of models, or of what the settings are used for.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from leadre_lib.errors import LeadreError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+ENV_PREFIX = "LEADRE_"
+Fraction = float
+
+
+class SettingsError(LeadreError):
+    """A setting is unknown, malformed or missing; the message names it and the mend."""
+
+
+class Section(BaseModel):
+    """One named group of settings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SimulatorSettings(Section):
+    """The built-in ad world. Sizes are totals; rates are per user and day."""
+
+    users: PositiveInt = 2000
+    ads: PositiveInt = 1000
+    new_ads_per_day: int = Field(20, ge=0)
+    first_ds: dt.date = dt.date(2026, 3, 2)
+    history_days: PositiveInt = 5
+    content_events_per_day: float = Field(3.0, ge=0)
+    impressions_per_day: float = Field(6.0, ge=0)
+
+
+class MovieLensSettings(Section):
+    """MovieLens-100K: where it is fetched from and what is held out."""
+
+    recbole_version: str = "1.2.1"
+    sha256: str = "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407"
+    eval_last: PositiveInt = 1
+
+
+class QualitySettings(Section):
+    """Limits of the data-quality gates."""
+
+    max_unknown_reference_rate: Fraction = Field(0.02, ge=0, le=1)
+    max_duplicate_event_rate: Fraction = Field(0.05, ge=0, le=1)
+    min_candidate_coverage: Fraction = Field(0.95, ge=0, le=1)
+    max_collision_rate: Fraction = Field(0.2, ge=0, le=1)
+    volume_ratio: float = Field(3.0, gt=1)
+    max_score_drift: float = Field(2.0, gt=0, description="nats, of the mean candidate score")
+    dedupe_days: int = Field(3, ge=0, description="earlier days searched for repeated event ids")
+
+
+class InterestSettings(Section):
+    """The window that a prompt looks back over."""
+
+    window_days: PositiveInt = 90
+    half_life_days: float = Field(14.0, gt=0)
+    long_term_categories: PositiveInt = 5
+    short_term_behaviours: PositiveInt = 10
+    max_behaviours: PositiveInt = 200
+
+
+class ExampleSettings(Section):
+    """How many training and evaluation examples are drawn."""
+
+    targets_per_user: PositiveInt = 4
+    max_next_ad_examples: PositiveInt = 6000
+    click_weight: float = Field(0.5, ge=0)
+    min_behaviours: int = Field(1, ge=0)
+    titles_to_sid_fraction: Fraction = Field(0.05, ge=0, le=1)
+    pairs_per_user: int = Field(3, ge=0)
+    min_ecpm_ratio: float = Field(1.1, ge=1)
+    max_preference_pairs: PositiveInt = 1000
+    valid_fraction: Fraction = Field(0.3, gt=0, lt=1)
+    max_valid_cases: PositiveInt = 1000
+    max_test_cases: PositiveInt = 10000
+    eval_targets: Literal["happened", "arrived"] = Field(
+        "happened", description="conversions that happened on ds, or all that arrived with it"
+    )
+    cutoff: Literal["day", "event"] = Field(
+        "day", description="a target's prompt knows what is older than its day, or than itself"
+    )
+    split_by: Literal["hash", "prefix"] = Field(
+        "hash", description="users drawn by hash, or user ids that begin with valid- or test-"
+    )
+
+
+class EmbeddingSettings(Section):
+    """The text encoder: `bundled` (all-MiniLM-L6-v2), a local path or a hub id."""
+
+    model: str = "bundled"
+    batch_size: PositiveInt = 64
+    max_tokens: PositiveInt = 64
+
+
+class SemanticIdSettings(Section):
+    """The RQ-VAE (paper, section 3.2).
+
+    `collision_codes`: how many last tokens there are. `alternatives`: among how many codes of the
+    last level an ad looks for a free one before it shares its codes with another (1: none).
+    """
+
+    levels: PositiveInt = Field(3, le=25)
+    codes: PositiveInt = 64
+    collision_codes: PositiveInt = 64
+    alternatives: PositiveInt = 16
+    latent_dim: PositiveInt = 32
+    hidden_dim: PositiveInt = 256
+    epochs: PositiveInt = 100
+    batch_size: PositiveInt = 256
+    learning_rate: float = Field(1e-3, gt=0)
+    commitment: float = Field(0.05, ge=0)
+
+
+class ModelSettings(Section):
+    """The decoder. `base` empty: a Qwen2 of the sizes below, from scratch; else a path or hub id."""
+
+    base: str = ""
+    hidden_size: PositiveInt = 128
+    intermediate_size: PositiveInt = 384
+    layers: PositiveInt = 3
+    heads: PositiveInt = 4
+    kv_heads: PositiveInt = 2
+    vocabulary: PositiveInt = 2048
+    max_tokens: PositiveInt = 384
+
+
+class TrainingSettings(Section):
+    """What SFT and DPO share. Batch sizes are examples a rank and optimizer step.
+
+    `ranks` counts those of all hosts; `deepspeed` names a file in `conf`.
+    """
+
+    ranks: PositiveInt = 2
+    deepspeed: str = "deepspeed_cpu.json"
+    hostfile: str = ""
+    learning_rate: float = Field(2e-3, gt=0)
+    batch_size: PositiveInt = 32
+    epochs: float = Field(2.0, gt=0)
+    max_steps: int = Field(0, ge=0, description="0: as many as the epochs need")
+    warmup_ratio: Fraction = Field(0.05, ge=0, le=1)
+    checkpoint_steps: PositiveInt = 50
+    gradient_checkpointing: bool = False
+
+
+class DpoSettings(TrainingSettings):
+    """Direct Preference Optimization with the SFT loss mixed in (paper, section 3.3)."""
+
+    learning_rate: float = Field(1e-4, gt=0)
+    batch_size: PositiveInt = 16
+    epochs: float = Field(1.0, gt=0)
+    beta: float = Field(0.1, gt=0)
+    sft_weight: float = Field(1.0, ge=0)
+
+
+class DecodingSettings(Section):
+    """Constrained beam search."""
+
+    beam: PositiveInt = 32
+    top_k: PositiveInt = 20
+    batch_tokens: PositiveInt = 8192
+
+
+class EvaluationSettings(Section):
+    """Promotion tolerance and ranking rules. `exclude_seen` holds for all methods alike."""
+
+    tolerance: Fraction = Field(0.02, ge=0, description="absolute HR@10 a challenger may lose")
+    exclude_seen: bool = False
+
+
+class InferenceSettings(Section):
+    """Bulk inference."""
+
+    shards: PositiveInt = 2
+    active_days: PositiveInt = 30
+    users_per_part: PositiveInt = 512
+
+
+class SparkSettings(Section):
+    """Where Apache Spark runs (`engine: spark`)."""
+
+    master: str = "local[2]"
+    driver_memory: str = "2g"
+    shuffle_partitions: PositiveInt = 4
+
+
+class ChainSettings(Section):
+    """How the DAGs run."""
+
+    raw_deadline_hours: float = Field(12.0, gt=0)
+    retries: int = Field(2, ge=0)
+    retry_delay_seconds: int = Field(5, ge=0)
+    task_timeout_minutes: PositiveInt = 120
+    schedule: bool = Field(True, description="false: runs only when asked for, as by `make run`")
+
+
+class Settings(BaseSettings):
+    """All settings of one run. Build it with `load_settings`."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True
+    )
+
+    profile: str = "local"
+    home: Path = Path(".leadre")
+    source: Literal["simulator", "movielens", "amazon", "lake"] = "simulator"
+    engine: Literal["sail", "spark"] = "sail"
+    data: Path | None = None
+    seed: int = 20260302
+
+    simulator: SimulatorSettings = SimulatorSettings()
+    movielens: MovieLensSettings = MovieLensSettings()
+    quality: QualitySettings = QualitySettings()
+    interests: InterestSettings = InterestSettings()
+    examples: ExampleSettings = ExampleSettings()
+    embedding: EmbeddingSettings = EmbeddingSettings()
+    semantic_ids: SemanticIdSettings = SemanticIdSettings()
+    model: ModelSettings = ModelSettings()
+    sft: TrainingSettings = TrainingSettings()
+    dpo: DpoSettings = DpoSettings()
+    decoding: DecodingSettings = DecodingSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    inference: InferenceSettings = InferenceSettings()
+    spark: SparkSettings = SparkSettings()
+    chain: ChainSettings = ChainSettings()
+
+    @field_validator("home", "data")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        return None if value is None else (REPOSITORY / value.expanduser()).resolve()
+
+    @property
+    def state(self) -> Path:
+        """The folder of this source's state, apart from every other source's."""
+        return self.home / self.source
+
+    @property
+    def lake(self) -> Path:
+        """Root folder of the Delta tables."""
+        return self.state / "lake"
+
+    @property
+    def releases(self) -> Path:
+        """Folder of the immutable releases and the champion pointer."""
+        return self.state / "releases"
+
+    @property
+    def codebooks(self) -> Path:
+        """Folder of the trained codebooks."""
+        return self.state / "codebooks"
+
+    @property
+    def online_store(self) -> Path:
+        """The SQLite file that serves the published candidates."""
+        return self.state / "online.sqlite"
+
+    @property
+    def data_docs(self) -> Path:
+        """Folder of the Data Docs site of the data-quality results."""
+        return self.state / "data_docs"
+
+    @property
+    def cache(self) -> Path:
+        """Folder for downloads and embeddings; may be deleted at any time."""
+        return self.home / "cache"
+
+    def work(self, ds: dt.date) -> Path:
+        """Private scratch folder of the jobs of one day; may be deleted between runs."""
+        return self.state / "work" / ds.isoformat()
+
+    def reports(self, ds: dt.date) -> Path:
+        """Folder of one day's report."""
+        return self.state / "reports" / ds.isoformat()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Environment variables go over the files, which `load_settings` hands in."""
+        return env_settings, init_settings
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise SettingsError(f"{path}: expected a mapping of settings")
+    return values
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both_maps = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both_maps else value
+    return merged
+
+
+def _check_environment() -> None:
+    """pydantic-settings passes over a misspelt variable in silence; a user should hear of it."""
+    for name in os.environ:
+        if not name.startswith(ENV_PREFIX):
+            continue
+        section, *rest = name.removeprefix(ENV_PREFIX).lower().split("__")
+        field = Settings.model_fields.get(section)
+        known: Any = field is not None
+        if known and rest:
+            annotation = field.annotation  # type: ignore[union-attr]
+            is_section = isinstance(annotation, type) and issubclass(annotation, Section)
+            known = is_section and len(rest) == 1 and rest[0] in annotation.model_fields
+        if not known:
+            raise SettingsError(f"unknown environment variable {name}: see leadre_lib/settings.py")
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """Read profile, source file and environment into `Settings`.
+
+    Raises:
+        SettingsError: a file, name or value is wrong; the message names it.
+    """
+    _check_environment()
+    conf = REPOSITORY / "conf"
+    profile = overrides.get("profile") or os.environ.get(f"{ENV_PREFIX}PROFILE", "local")
+    path = conf / f"{profile}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in conf.glob("*.yaml")))
+        raise SettingsError(f"profile {profile!r}: no file {path} (known profiles: {known})")
+    values = _read_yaml(path)
+    source = (
+        overrides.get("source")
+        or os.environ.get(f"{ENV_PREFIX}SOURCE")
+        or values.get("source", "simulator")
+    )
+    source_path = conf / "sources" / f"{source}.yaml"
+    if source_path.is_file():
+        values = _merge(values, _read_yaml(source_path))
+    try:
+        return Settings(**_merge(values, {**overrides, "profile": profile}))
+    except ValidationError as error:
+        lines = [
+            f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}"
+            f" (got {item.get('input')!r})"
+            for item in error.errors()
+        ]
+        raise SettingsError("bad settings:\n  " + "\n  ".join(lines)) from None

@@ -1,0 +1,533 @@
+"""Training from outside: what the ranks read, and starting, watching and ending them.
+
+`prepare_sft` and `prepare_dpo` write what supervised fine-tuning and Direct Preference Optimization
+read, `run_ranks` starts the ranks under DeepSpeed and sees them through; what a rank does is in
+`training_rank`. The folder of a stage, `work/sft` or `work/dpo`, holds
+
+    train.parquet, order.npy   token ids of the examples, and the order in which steps take them
+    init/                      the model that SFT starts from (DPO starts from `work/sft/model`)
+    fingerprint.json           sha256 of all of the above and of the settings: equal means resume
+    run.json, ranks.json       what the ranks are told; the session that they run in
+    checkpoints/               of the trainer; private, they hold pickles; gone once it is done
+    loss.json, model/          the result; `model/` appears whole and last
+
+Every random choice is in `order.npy`, so a resumed run takes the same steps as one that was never
+stopped. Knows nothing of the lake, of what a prompt says, of losses, or of releases.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from leadre_lib import model as models
+from leadre_lib.errors import LeadreError
+from leadre_lib.settings import REPOSITORY, Settings, TrainingSettings
+
+log = logging.getLogger(__name__)
+
+Stage = Literal["sft", "dpo"]
+CHUNK_ROWS = 8192  # examples held as Python lists at once
+BUCKET_STEPS = 16  # steps among which examples are sorted by length
+BUILDERS = {"ninja", "c++", "g++", "cc1plus", "ld"}
+LOCK_SECONDS = 300
+
+
+class TrainingError(LeadreError):
+    """Training can't start or was stopped; the message says why, and what a rerun does."""
+
+
+# --- what the ranks read ------------------------------------------------------------------------
+
+
+def prepare_sft(
+    examples: pa.Table,
+    work: Path,
+    base_release: Path | None,
+    settings: Settings,
+    sid_vocab: Sequence[str],
+    sid_vectors: np.ndarray | None = None,
+) -> None:
+    """Write what supervised fine-tuning reads, in `work/sft`; keep what is there if it is equal.
+
+    Args:
+        examples: columns `prompt` and `response`; the loss is on the response alone.
+        work: the day's scratch folder.
+        base_release: a folder whose `model/` training goes on from; its tokenizer is kept, and new
+            tokens of `sid_vocab` are added. None: `settings.model.base`, or a model from scratch.
+        settings: sections `model` and `sft`, and the seed.
+        sid_vocab: all Semantic ID tokens (`model.sid_tokens`).
+        sid_vectors: float [tokens of `sid_vocab`, any width], where a new model's embeddings start.
+
+    Raises:
+        TrainingError: a response leaves no room for a prompt.
+        ModelError: the base model can't be loaded.
+    """
+    folder = work / "sft"
+    end_ranks(folder)
+    staged = _fresh(folder / "prepared")
+    model, tokenizer = _start(examples, base_release, settings, sid_vocab, sid_vectors)
+    models.save(model, tokenizer, staged / "init")
+    lengths = _write_examples(staged / "train.parquet", _sft_rows(examples, tokenizer, settings))
+    _adopt(staged, folder, staged / "init", lengths, settings, settings.sft)
+
+
+def prepare_dpo(pairs: pa.Table, work: Path, settings: Settings) -> None:
+    """Write what preference optimization of `work/sft/model` reads, in `work/dpo`.
+
+    Args:
+        pairs: columns `prompt`, `chosen` and `rejected`.
+        work: the day's scratch folder, with a finished SFT.
+        settings: sections `model` and `dpo`, and the seed.
+    """
+    folder, start = work / "dpo", work / "sft" / "model"
+    end_ranks(folder)
+    staged = _fresh(folder / "prepared")
+    _, tokenizer = models.load(start)
+    lengths = _write_examples(staged / "train.parquet", _dpo_rows(pairs, tokenizer, settings))
+    _adopt(staged, folder, start, lengths, settings, settings.dpo)
+
+
+def _start(
+    examples: pa.Table,
+    base_release: Path | None,
+    settings: Settings,
+    sid_vocab: Sequence[str],
+    sid_vectors: np.ndarray | None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and tokenizer that training starts from."""
+    if base_release is None and not settings.model.base:
+        texts = (str(t) for name in ("prompt", "response") for t in examples[name].to_pylist())
+        tokenizer = models.build_tokenizer(texts, sid_vocab, settings.model.vocabulary)
+        return models.build_model(settings.model, tokenizer, settings.seed, sid_vectors), tokenizer
+    model: PreTrainedModel
+    base: PreTrainedTokenizerBase
+    if base_release is not None:
+        model, base = models.load(base_release / "model")
+    else:
+        model, base = models.load_base(settings.model.base)
+    models.add_sid_tokens(model, base, sid_vocab, settings.seed)
+    return model, base
+
+
+def _sft_rows(
+    examples: pa.Table, tokenizer: PreTrainedTokenizerBase, settings: Settings
+) -> Iterator[dict[str, list[list[int]]]]:
+    """Chunks of `input_ids` and `labels`, which are -100 on the prompt."""
+    for chunk in _chunks(examples, ("prompt", "response")):
+        answers = _answers(tokenizer, chunk["response"])
+        prompts = _prompts(tokenizer, chunk["prompt"], answers, settings.model.max_tokens)
+        pairs = list(zip(prompts, answers, strict=True))
+        yield {
+            "input_ids": [prompt + answer for prompt, answer in pairs],
+            "labels": [[-100] * len(prompt) + answer for prompt, answer in pairs],
+        }
+
+
+def _dpo_rows(
+    pairs: pa.Table, tokenizer: PreTrainedTokenizerBase, settings: Settings
+) -> Iterator[dict[str, list[list[int]]]]:
+    """Chunks of `prompt_ids`, `chosen_ids` and `rejected_ids`."""
+    for chunk in _chunks(pairs, ("prompt", "chosen", "rejected")):
+        chosen = _answers(tokenizer, chunk["chosen"])
+        rejected = _answers(tokenizer, chunk["rejected"])
+        longer = [max(both, key=len) for both in zip(chosen, rejected, strict=True)]
+        prompts = _prompts(tokenizer, chunk["prompt"], longer, settings.model.max_tokens)
+        yield {"prompt_ids": prompts, "chosen_ids": chosen, "rejected_ids": rejected}
+
+
+def _chunks(table: pa.Table, names: Sequence[str]) -> Iterator[dict[str, list[str]]]:
+    for batch in table.select(names).to_batches(max_chunksize=CHUNK_ROWS):
+        yield {name: batch[name].to_pylist() for name in names}
+
+
+def _answers(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Token ids of responses, each closed by the EOS token."""
+    return [
+        [*ids, tokenizer.eos_token_id]
+        for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]
+    ]
+
+
+def _prompts(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], answers: list[list[int]], limit: int
+) -> list[list[int]]:
+    """Token ids of prompts, cut on the left so that the answer fits within `limit` tokens too."""
+    longest = max(map(len, answers))
+    if longest >= limit:
+        raise TrainingError(
+            f"a response of {longest} tokens leaves no room for a prompt: raise model.max_tokens"
+            f" (now {limit})"
+        )
+    # As the decoder reads prompts: with the special tokens that the tokenizer puts in front.
+    encoded = tokenizer(texts, add_special_tokens=True)["input_ids"]
+    return [ids[-(limit - len(answer)) :] for ids, answer in zip(encoded, answers, strict=True)]
+
+
+def _write_examples(path: Path, chunks: Iterator[dict[str, list[list[int]]]]) -> np.ndarray:
+    """Write token ids as lists of int32; return the tokens of each example, int64 [examples]."""
+    writer: pq.ParquetWriter | None = None
+    lengths = []
+    for chunk in chunks:
+        columns = {name: pa.array(rows, pa.list_(pa.int32())) for name, rows in chunk.items()}
+        table = pa.table(columns)
+        writer = writer or pq.ParquetWriter(path, table.schema)
+        writer.write_table(table)
+        counted = [name for name in columns if name != "labels"]
+        lengths.append(sum(columns[name].value_lengths().to_numpy() for name in counted))
+    if writer is None:
+        raise TrainingError("no examples to train on")
+    writer.close()
+    return np.concatenate(lengths).astype(np.int64)
+
+
+def training_order(lengths: np.ndarray, batch: int, steps: int, seed: int) -> np.ndarray:
+    """Which example each step takes, int64 [steps * batch], by the seed alone.
+
+    One random permutation of the examples after the other. Within a bucket of steps examples are
+    sorted by length, so that a step pads little and the ranks finish together, and the steps are
+    shuffled.
+
+    Args:
+        lengths: tokens of each example, int [examples].
+        batch: examples a step, all ranks together.
+        steps: optimizer steps.
+        seed: of the random choices.
+    """
+    rng = np.random.default_rng(seed)
+    rounds = -(-steps * batch // len(lengths))
+    taken = rng.permuted(np.tile(np.arange(len(lengths)), (rounds, 1)), axis=1)
+    taken = taken.ravel()[: steps * batch]
+    bucket = np.arange(len(taken)) // (batch * BUCKET_STEPS)
+    by_step = taken[np.lexsort((lengths[taken], bucket))].reshape(steps, batch)
+    return by_step[np.lexsort((rng.random(steps), np.arange(steps) // BUCKET_STEPS))].ravel()
+
+
+def training_steps(examples: int, section: TrainingSettings) -> int:
+    """Optimizer steps that the settings ask for."""
+    return section.max_steps or max(
+        1, round(section.epochs * examples / (section.batch_size * section.ranks))
+    )
+
+
+def _adopt(
+    staged: Path,
+    folder: Path,
+    init: Path,
+    lengths: np.ndarray,
+    settings: Settings,
+    section: TrainingSettings,
+) -> None:
+    """Move what was prepared into the stage's folder, unless the folder holds the same already."""
+    steps = training_steps(len(lengths), section)
+    order = training_order(lengths, section.batch_size * section.ranks, steps, settings.seed)
+    np.save(staged / "order.npy", order)
+    fingerprint = {
+        "examples": _sha256(staged / "train.parquet"),
+        "order": _sha256(staged / "order.npy"),
+        "init": {path.name: _sha256(path) for path in sorted(init.iterdir())},
+        "settings": section.model_dump(exclude={"hostfile", "checkpoint_steps"}),
+        "deepspeed": _sha256(deepspeed_config(section)),
+        "seed": settings.seed,
+    }
+    if read_json(folder / "fingerprint.json") == fingerprint:
+        log.info("%s: examples, settings and first weights are as before", folder.name)
+    else:
+        _clear(folder)
+        for path in staged.iterdir():
+            path.rename(folder / path.name)
+        write_json(folder / "fingerprint.json", fingerprint)
+    shutil.rmtree(staged)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what this module writes; the fingerprint first, for it vouches for the rest."""
+    (folder / "fingerprint.json").unlink(missing_ok=True)
+    for name in ("train.parquet", "order.npy", "run.json", "loss.json"):
+        (folder / name).unlink(missing_ok=True)
+    for name in ("model", "checkpoints", "init"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+# --- the launcher -------------------------------------------------------------------------------
+
+
+def run_ranks(stage: Stage, work: Path, settings: Settings) -> Path:
+    """Train what was prepared, resuming where an earlier attempt stopped; return `model/`.
+
+    Ranks that an earlier attempt left behind are ended first. A polite kill (SIGTERM) of this
+    process ends its ranks.
+
+    Raises:
+        TrainingError: there is no compiler, not enough GPUs, or a rank failed.
+    """
+    folder = work / stage
+    section: TrainingSettings = settings.sft if stage == "sft" else settings.dpo
+    end_ranks(folder)
+    if not (folder / "fingerprint.json").is_file():
+        raise TrainingError(f"{folder}: nothing is prepared there")
+    if (folder / "model").is_dir():
+        log.info("%s: already trained, %s", stage, folder / "model")
+        return folder / "model"
+    _check_machine(section)
+    _clear_stale_locks()
+    checkpoint = newest_checkpoint(folder / "checkpoints")
+    if checkpoint:
+        log.info("%s: resuming from %s", stage, checkpoint)
+    write_json(folder / "run.json", _run(stage, work, section, settings, checkpoint))
+    code = _launch(folder, section)
+    if not (folder / "model").is_dir():
+        raise TrainingError(
+            f"{stage}: the ranks stopped with exit code {code} before the end (their errors are"
+            f" above); a rerun resumes from {newest_checkpoint(folder / 'checkpoints') or 'step 0'}"
+        )
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return folder / "model"
+
+
+def _run(
+    stage: Stage,
+    work: Path,
+    section: TrainingSettings,
+    settings: Settings,
+    checkpoint: Path | None,
+) -> dict[str, Any]:
+    """What a rank needs to know."""
+    return {
+        "stage": stage,
+        "init": str(work / "sft" / ("init" if stage == "sft" else "model")),
+        "resume": str(checkpoint) if checkpoint else None,
+        "seed": settings.seed,
+        "section": section.model_dump(),
+        "launcher": None if section.hostfile else _identity(psutil.Process()),
+    }
+
+
+def _launch(folder: Path, section: TrainingSettings) -> int:
+    """Run DeepSpeed's launcher and wait for it; all its processes are gone afterwards."""
+    where = (
+        ["--hostfile", section.hostfile]
+        if section.hostfile
+        else ["--num_accelerators", str(section.ranks)]
+    )
+    with socket.socket() as probe:  # the default port may be taken by another day's training
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", *where]
+    command += ["--master_port", str(port), "--log_level", "error"]
+    command += ["--module", "jobs.train_rank", str(folder)]
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore::FutureWarning"}
+    if not torch.cuda.is_available():
+        threads = max(1, len(os.sched_getaffinity(0)) // section.ranks)
+        environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
+    with _polite():
+        launcher = subprocess.Popen(
+            command, cwd=REPOSITORY, env=environment, start_new_session=True
+        )
+        try:
+            write_json(folder / "ranks.json", _identity(psutil.Process(launcher.pid)))
+            return launcher.wait()
+        finally:
+            end_ranks(folder)
+            launcher.wait()
+
+
+@contextmanager
+def _polite() -> Iterator[None]:
+    """Turn SIGTERM into an exit that runs `finally` blocks."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _check_machine(section: TrainingSettings) -> None:
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++")):
+        raise TrainingError(
+            "DeepSpeed compiles an extension and finds no C++ compiler: install g++"
+        )
+    if section.hostfile:
+        slots = _slots(Path(section.hostfile))
+        if slots != section.ranks:
+            raise TrainingError(
+                f"{section.hostfile} has {slots} slots, the settings ask for {section.ranks} ranks"
+            )
+    elif torch.cuda.is_available() and torch.cuda.device_count() < section.ranks:
+        raise TrainingError(
+            f"{section.ranks} ranks need as many GPUs, and there are {torch.cuda.device_count()}:"
+            " lower ranks"
+        )
+
+
+def _slots(hostfile: Path) -> int:
+    """Ranks that a DeepSpeed hostfile (`host slots=8` a line) offers."""
+    try:
+        lines = hostfile.read_text(encoding="utf-8").splitlines()
+        return sum(int(line.split("slots=")[1]) for line in lines if line.split("#")[0].strip())
+    except (OSError, IndexError, ValueError):
+        raise TrainingError(f"{hostfile}: no hostfile with lines like `host slots=8`") from None
+
+
+def deepspeed_config(section: TrainingSettings) -> Path:
+    """The DeepSpeed configuration that the settings name, a file in `conf`."""
+    path = REPOSITORY / "conf" / section.deepspeed
+    if not path.is_file():
+        raise TrainingError(f"deepspeed {section.deepspeed!r}: no file {path}")
+    return path
+
+
+def _clear_stale_locks() -> None:
+    """Remove the locks of extension builds whose builder is gone: waiting on one never ends."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    deadline = time.monotonic() + LOCK_SECONDS
+    for lock in root.glob("**/lock"):
+        while lock.exists():
+            if not _building(lock.parent) and time.time() - lock.stat().st_mtime > 10:
+                log.warning("removing the stale lock of a build that was killed: %s", lock)
+                lock.unlink(missing_ok=True)
+            elif time.monotonic() > deadline:
+                raise TrainingError(f"{lock}: another process has been building for minutes")
+            else:
+                time.sleep(1)
+
+
+def _building(folder: Path) -> bool:
+    return any(
+        process.info["name"] in BUILDERS and process.info["cwd"] == str(folder)
+        for process in psutil.process_iter(["name", "cwd"])
+    )
+
+
+# --- who the ranks are --------------------------------------------------------------------------
+
+
+def _identity(process: psutil.Process) -> dict[str, float]:
+    """A process id alone may belong to another process by now."""
+    return {"pid": process.pid, "create_time": process.create_time()}
+
+
+def is_alive(identity: dict[str, float]) -> bool:
+    """Whether the process of this identity still runs."""
+    try:
+        process = psutil.Process(int(identity["pid"]))
+        same = process.create_time() == identity["create_time"]
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def end_ranks(folder: Path) -> None:
+    """End the launcher that an attempt recorded in `folder`, and every rank that it started.
+
+    The launcher leads a session of its own. Its number stays taken for as long as one of the
+    session lives, so the ranks are found by it even when all between them and us are gone.
+    """
+    leader = read_json(folder / "ranks.json")
+    if leader is None:
+        return
+    if psutil.pid_exists(int(leader["pid"])) and not is_alive(leader):
+        members = []  # the number is another process's by now, so the session is over
+    else:
+        members = [p for p in psutil.process_iter() if _session(p.pid) == leader["pid"]]
+    for process in members:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(members, timeout=30)
+    if members:
+        log.warning("ended %d processes of an unfinished %s", len(members), folder.name)
+    (folder / "ranks.json").unlink()
+
+
+def _session(pid: int) -> int:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return -1
+
+
+# --- checkpoints --------------------------------------------------------------------------------
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint; damaged and unfinished ones are deleted on the way."""
+    found = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    for path in sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")), reverse=True):
+        if read_json(path / "complete.json") == _contents(path):
+            return path
+        log.warning("%s is damaged or unfinished: removed", path)
+        shutil.rmtree(path)
+    return None
+
+
+def seal_checkpoint(path: Path) -> None:
+    """Vouch for a checkpoint, when all ranks have written theirs."""
+    write_json(path / "complete.json", _contents(path))
+
+
+def _contents(path: Path) -> dict[str, str]:
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return {
+        str(file.relative_to(path)): _sha256(file) for file in files if file.name != "complete.json"
+    }
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def _fresh(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    """The file's content; None where it is missing or damaged, as a kill may leave it."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write the file whole or not at all."""
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    staged.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    staged.replace(path)

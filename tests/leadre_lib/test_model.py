@@ -1,0 +1,139 @@
+"""The tokenizer, the initial weights, and the folder that holds a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from leadre_lib.errors import LeadreError
+from leadre_lib.model import (
+    add_sid_tokens,
+    build_model,
+    build_tokenizer,
+    load,
+    load_base,
+    save,
+    sid_token_ids,
+    sid_tokens,
+)
+from leadre_lib.settings import ModelSettings
+
+SIZES = (5, 4, 3)
+SMALL = ModelSettings(hidden_size=32, intermediate_size=64, layers=2, max_tokens=64)
+TEXTS = [
+    "You are an ad recommendation system.\n A user, 3 days ago*click*<a_1><b_3><c_0>",
+    "  two  spaces, a tab\t, naïve café — 微信 🙂 <a_4>",
+]
+
+
+def test_spells_levels_by_letter() -> None:
+    assert sid_tokens([2, 1, 2]) == ["<a_0>", "<a_1>", "<b_0>", "<c_0>", "<c_1>"]
+
+
+def test_tokenizer_decodes_back_exactly_and_keeps_codes_whole() -> None:
+    tokenizer = build_tokenizer(TEXTS, sid_tokens(SIZES), 300)
+    for text in [*TEXTS, "nothing like the training texts: Ω <a_9> <b_0>x"]:
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    ids = tokenizer("<a_1><b_3><c_0>")["input_ids"]
+    pairs = sid_token_ids(tokenizer, SIZES), (1, 3, 0)
+    assert ids == [level[code] for level, code in zip(*pairs, strict=True)]
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    with pytest.raises(LeadreError, match="<a_5>"):
+        sid_token_ids(tokenizer, (6, 4, 3))
+
+
+def test_tokenizer_and_model_repeat_from_their_inputs() -> None:
+    first, second = (build_tokenizer(TEXTS * 9, sid_tokens(SIZES), 400) for _ in range(2))
+    assert first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
+    torch.manual_seed(123)  # must not matter, nor be disturbed
+    before = torch.get_rng_state()
+    one, two, other = (build_model(SMALL, first, seed) for seed in (1, 1, 2))
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(one.lm_head.weight, two.lm_head.weight)
+    assert not torch.equal(one.lm_head.weight, other.lm_head.weight)
+    assert one.lm_head.weight is one.model.embed_tokens.weight
+
+
+def test_vectors_shape_the_first_embeddings() -> None:
+    tokenizer = build_tokenizer(TEXTS, sid_tokens(SIZES), 300)
+    vectors = np.random.default_rng(0).normal(size=(sum(SIZES), 48))
+    vectors[1] = vectors[0] + 1e-3
+    vectors[5:9] *= 1e-3  # a later codebook is smaller, yet as loud
+    vectors[9:] = np.nan  # the disambiguation level stands for nothing
+    model = build_model(SMALL, tokenizer, 1, vectors)
+    plain = build_model(SMALL, tokenizer, 1)
+    weight = model.get_input_embeddings().weight.detach()
+    a, b, c = (weight[torch.tensor(ids)] for ids in sid_token_ids(tokenizer, SIZES))
+    assert torch.cosine_similarity(a[0], a[1], dim=0) > 0.99
+    assert torch.cosine_similarity(a[0], a[2], dim=0) < 0.9
+    for level in (a, b):
+        assert level.std(correction=0).item() == pytest.approx(model.config.initializer_range)
+    text = slice(0, int(sid_token_ids(tokenizer, SIZES)[0][0]))
+    assert torch.equal(weight[text], plain.get_input_embeddings().weight[text])
+    rest = torch.tensor(sid_token_ids(tokenizer, SIZES)[2])
+    assert torch.equal(c, plain.get_input_embeddings().weight[rest])
+
+
+def test_saves_and_loads(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer(TEXTS, sid_tokens(SIZES), 300)
+    model = build_model(SMALL, tokenizer, 1).eval()
+    for _ in range(2):  # the second time over the first
+        save(model, tokenizer, tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert not list((tmp_path / "model").glob("*.bin"))
+    again, tokens = load(tmp_path / "model")
+    ids = tokens(TEXTS[0], return_tensors="pt")["input_ids"]
+    assert ids.tolist() == [tokenizer(TEXTS[0])["input_ids"]]
+    assert tokens.padding_side == "left"
+    assert torch.equal(again.eval()(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_refuses_a_damaged_folder(tmp_path: Path, name: str, damage: str) -> None:
+    tokenizer = build_tokenizer(TEXTS, sid_tokens(SIZES), 300)
+    save(build_model(SMALL, tokenizer, 1), tokenizer, tmp_path / "model")
+    path = tmp_path / "model" / name
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(LeadreError, match=str(tmp_path)):
+        load(tmp_path / "model")
+
+
+def test_any_causal_model_gets_the_tokens(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer(TEXTS, [], 300)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        tie_word_embeddings=False,
+    )
+    save(LlamaForCausalLM(config), tokenizer, tmp_path / "base")
+    model, tokens = load_base(str(tmp_path / "base"))
+    old = model.get_input_embeddings().weight.detach().clone()
+    assert add_sid_tokens(model, tokens, sid_tokens(SIZES), seed=0) == sum(SIZES)
+    assert add_sid_tokens(model, tokens, sid_tokens(SIZES), seed=0) == 0
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        assert layer.weight.shape[0] == len(tokens)
+        new = layer.weight[-sum(SIZES) :]
+        assert len(torch.unique(new, dim=0)) == sum(SIZES)
+    assert torch.equal(model.get_input_embeddings().weight[: len(old)], old)
+    new = model.get_input_embeddings().weight[len(old) :]
+    assert torch.allclose(new.mean(0), old.mean(0), atol=0.2 * float(old.std()))
+    save(model, tokens, tmp_path / "with_codes")
+    again, tokens = load(tmp_path / "with_codes")
+    assert again.config.vocab_size == len(tokens)
+    assert sid_token_ids(tokens, SIZES)[0][0] == len(old)
+
+
+def test_a_missing_base_is_named(tmp_path: Path) -> None:
+    with pytest.raises(LeadreError, match="no/such"):
+        load_base(str(tmp_path / "no/such"))

@@ -1,0 +1,299 @@
+"""Training by two real DeepSpeed ranks, stopped and damaged as was seen to happen."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from safetensors.numpy import load_file
+
+from leadre_lib import training
+from leadre_lib.errors import LeadreError
+from leadre_lib.model import load, sid_tokens
+from leadre_lib.settings import REPOSITORY, DpoSettings, ModelSettings, Settings, TrainingSettings
+
+SIZES = (4, 4, 2)
+EXAMPLES = 60
+
+
+@pytest.fixture(scope="module")
+def settings() -> Settings:
+    return Settings(
+        model=ModelSettings(
+            hidden_size=32, intermediate_size=64, layers=2, vocabulary=300, max_tokens=48
+        ),
+        sft=TrainingSettings(max_steps=8, batch_size=4, checkpoint_steps=2, learning_rate=0.01),
+        dpo=DpoSettings(max_steps=3, batch_size=4, checkpoint_steps=2),
+    )
+
+
+@pytest.fixture(scope="module")
+def examples() -> pa.Table:
+    """A user's prompt names the codes of the ad that they want."""
+    codes = np.random.default_rng(0).integers(0, SIZES, (EXAMPLES, 3))
+    prompts = [f"user{'*' * (i % 9)} likes {a} and {b}" for i, (a, b, _) in enumerate(codes)]
+    responses = [f"<a_{a}><b_{b}><c_{c}>" for a, b, c in codes]
+    return pa.table({"prompt": prompts, "response": responses})
+
+
+def prepare(examples: pa.Table, work: Path, settings: Settings) -> None:
+    training.prepare_sft(examples, work, None, settings, sid_tokens(SIZES))
+
+
+@pytest.fixture(scope="module")
+def trained(
+    examples: pa.Table, settings: Settings, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The work folder of an SFT that nothing disturbed."""
+    work = tmp_path_factory.mktemp("trained")
+    prepare(examples, work, settings)
+    training.run_ranks("sft", work, settings)
+    return work
+
+
+def weights(work: Path, stage: str = "sft") -> dict[str, np.ndarray]:
+    return load_file(work / stage / "model" / "model.safetensors")
+
+
+def assert_same(work: Path, other: Path) -> None:
+    ours, theirs = weights(work), weights(other)
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        np.testing.assert_array_equal(weight, theirs[name], err_msg=name)
+    curves = [json.loads((path / "sft" / "loss.json").read_text()) for path in (work, other)]
+    assert curves[0] == curves[1]
+
+
+def test_sft_learns_and_leaves_a_model(trained: Path, settings: Settings) -> None:
+    curve = json.loads((trained / "sft" / "loss.json").read_text())
+    assert [entry["step"] for entry in curve] == list(range(1, 9))
+    assert curve[-1]["loss"] < 0.8 * curve[0]["loss"]
+    model, tokenizer = load(trained / "sft" / "model")
+    assert model.config.vocab_size == len(tokenizer)
+    assert {weight.dtype for weight in weights(trained).values()} == {np.dtype(np.float32)}
+    assert not (trained / "sft" / "checkpoints").exists()
+
+
+def test_a_finished_training_is_not_repeated(
+    trained: Path, examples: pa.Table, settings: Settings
+) -> None:
+    before = (trained / "sft" / "model" / "model.safetensors").stat().st_mtime_ns
+    prepare(examples, trained, settings)
+    training.run_ranks("sft", trained, settings)
+    assert (trained / "sft" / "model" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_other_examples_start_over(
+    trained: Path, examples: pa.Table, settings: Settings, tmp_path: Path
+) -> None:
+    shutil.copytree(trained / "sft", tmp_path / "sft")
+    prepare(examples.slice(1), tmp_path, settings)
+    assert not (tmp_path / "sft" / "model").exists()
+    assert not (tmp_path / "sft" / "loss.json").exists()
+
+
+def test_dpo_goes_on_from_sft(trained: Path, examples: pa.Table, settings: Settings) -> None:
+    pairs = pa.table(
+        {
+            "prompt": examples["prompt"],
+            "chosen": examples["response"],
+            "rejected": examples["response"].take(pa.array(np.roll(np.arange(EXAMPLES), 1))),
+        }
+    )
+    training.prepare_dpo(pairs, trained, settings)
+    training.run_ranks("dpo", trained, settings)
+    curve = json.loads((trained / "dpo" / "loss.json").read_text())
+    sft = json.loads((trained / "sft" / "loss.json").read_text())
+    # At first policy and reference agree: log 2, plus the SFT loss of the chosen.
+    assert curve[0]["loss"] == pytest.approx(np.log(2) + sft[-1]["loss"], rel=0.25)
+    moved = [not np.array_equal(w, weights(trained)[n]) for n, w in weights(trained, "dpo").items()]
+    assert all(moved)
+
+
+def kill_a_rank_after(step: int, work: Path, stop: threading.Event) -> None:
+    """`kill -9` of the second rank, once a checkpoint of `step` is whole."""
+    sealed = work / "sft" / "checkpoints" / f"checkpoint-{step}" / "complete.json"
+    while not stop.wait(0.01):
+        if sealed.exists():
+            for process in psutil.Process().children(recursive=True):
+                if "--local_rank=1" in process.cmdline():
+                    process.kill()
+                    return
+
+
+def test_goes_on_after_a_kill_and_a_damaged_checkpoint(
+    trained: Path, examples: pa.Table, settings: Settings, tmp_path: Path
+) -> None:
+    prepare(examples, tmp_path, settings)
+    stop = threading.Event()
+    killer = threading.Thread(target=kill_a_rank_after, args=(4, tmp_path, stop))
+    killer.start()
+    try:
+        with pytest.raises(LeadreError, match="a rerun resumes from"):
+            training.run_ranks("sft", tmp_path, settings)
+    finally:
+        stop.set()
+        killer.join()
+    checkpoints = tmp_path / "sft" / "checkpoints"
+    steps = sorted(
+        int(path.name.removeprefix("checkpoint-")) for path in checkpoints.glob("checkpoint-*")
+    )
+    assert steps[-1] >= 4
+    newest = checkpoints / f"checkpoint-{steps[-1]}" / "trainer_state.json"
+    newest.write_bytes(newest.read_bytes()[:100])
+    prepare(examples, tmp_path, settings)
+    training.run_ranks("sft", tmp_path, settings)
+    assert_same(tmp_path, trained)
+
+
+def test_a_killed_launcher_takes_its_ranks_along(
+    examples: pa.Table, settings: Settings, tmp_path: Path
+) -> None:
+    """SIGTERM ends the ranks at once; what `kill -9` leaves behind, the next attempt ends."""
+    endless = settings.model_copy(
+        update={"sft": settings.sft.model_copy(update={"max_steps": 20000})}
+    )
+    prepare(examples, tmp_path, endless)
+    job = tmp_path / "job.py"
+    job.write_text(
+        "import sys\nfrom pathlib import Path\n"
+        "from leadre_lib.settings import Settings\nfrom leadre_lib.training import run_ranks\n"
+        "settings = Settings.model_validate_json(Path(sys.argv[2]).read_text())\n"
+        "run_ranks('sft', Path(sys.argv[1]), settings)\n"
+    )
+    (tmp_path / "settings.json").write_text(endless.model_dump_json())
+    command = [sys.executable, str(job), str(tmp_path), str(tmp_path / "settings.json")]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    for politely in (True, False):
+        process = subprocess.Popen(command, env=environment)
+        ranks = wait_for_ranks(process)
+        process.terminate() if politely else process.kill()
+        process.wait()
+        if not politely:
+            training.end_ranks(tmp_path / "sft")
+        _, alive = psutil.wait_procs(ranks, timeout=5)
+        assert not alive
+        assert not (tmp_path / "sft" / "ranks.json").exists()
+
+
+def wait_for_ranks(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """DeepSpeed's processes and the two ranks, once they are there."""
+    while process.poll() is None:
+        children = psutil.Process(process.pid).children(recursive=True)
+        if sum("jobs.train_rank" in " ".join(child.cmdline()[:4]) for child in children) >= 2:
+            return children
+        time.sleep(0.05)
+    raise AssertionError("the job ended by itself")
+
+
+def test_an_unrelated_process_is_left_alone(tmp_path: Path) -> None:
+    process = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    try:
+        record = {"pid": process.pid, "create_time": 1.0}
+        (tmp_path / "ranks.json").write_text(json.dumps(record))
+        training.end_ranks(tmp_path)
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_order_takes_every_example_as_often_and_pads_little() -> None:
+    lengths = np.random.default_rng(0).integers(10, 300, 640)
+    order = training.training_order(lengths, batch=32, steps=40, seed=1)
+    assert np.bincount(order, minlength=640).tolist() == [2] * 640
+    assert np.array_equal(order, training.training_order(lengths, 32, 40, 1))
+    assert not np.array_equal(order, training.training_order(lengths, 32, 40, 2))
+    steps = lengths[order].reshape(40, 32)
+    padding = 1 - steps.sum() / (steps.max(axis=1) * 32).sum()
+    assert padding < 0.1
+    assert len(set(np.argsort(steps.max(axis=1))[:3]) & {0, 1, 2}) < 3
+
+
+def test_steps_follow_the_epochs_unless_given() -> None:
+    section = TrainingSettings(ranks=2, batch_size=8, epochs=1.5)
+    assert training.training_steps(320, section) == 30
+    assert training.training_steps(3, section) == 1
+    assert training.training_steps(320, section.model_copy(update={"max_steps": 7})) == 7
+
+
+def test_prompts_are_cut_on_the_left_and_answers_never(
+    examples: pa.Table, settings: Settings, tmp_path: Path
+) -> None:
+    long = pa.table({"prompt": ["word " * 400 + "the end"], "response": ["<a_1><b_2><c_0>"]})
+    prepare(pa.concat_tables([examples, long]), tmp_path, settings)
+    row = pq.read_table(tmp_path / "sft" / "train.parquet").slice(EXAMPLES).to_pylist()[0]
+    _, tokenizer = load(tmp_path / "sft" / "init")
+    assert len(row["input_ids"]) == 48
+    assert tokenizer.decode(row["input_ids"]).endswith("the end<a_1><b_2><c_0><|endoftext|>")
+    kept = [token for token in row["labels"] if token != -100]
+    assert tokenizer.decode(kept) == "<a_1><b_2><c_0><|endoftext|>"
+    endless = pa.table({"prompt": ["x"], "response": ["word " * 400]})
+    with pytest.raises(LeadreError, match="no room"):
+        prepare(endless, tmp_path, settings)
+
+
+def test_warm_start_keeps_weights_and_tokens(
+    trained: Path, examples: pa.Table, settings: Settings, tmp_path: Path
+) -> None:
+    """A release is a folder with `model/`; codes that are new since get tokens of their own."""
+    wider = sid_tokens((4, 4, 3))
+    training.prepare_sft(examples, tmp_path, trained / "sft", settings, wider)
+    start, tokenizer = load(tmp_path / "sft" / "init")
+    old = weights(trained)["model.embed_tokens.weight"]
+    new = start.get_input_embeddings().weight.detach().numpy()
+    assert len(new) == len(old) + 1 == len(tokenizer)
+    np.testing.assert_array_equal(new[: len(old)], old)
+
+
+def test_says_what_is_missing(
+    examples: pa.Table, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(LeadreError, match="nothing is prepared"):
+        training.run_ranks("sft", tmp_path, settings)
+    model = settings.model.model_copy(update={"base": str(tmp_path / "no_model")})
+    with pytest.raises(LeadreError, match="no_model"):
+        prepare(examples, tmp_path, settings.model_copy(update={"model": model}))
+    with pytest.raises(LeadreError, match="no examples"):
+        prepare(examples.slice(0, 0), tmp_path, settings)
+    section = settings.sft.model_copy(update={"deepspeed": "none.json"})
+    with pytest.raises(LeadreError, match=r"none\.json"):
+        prepare(examples, tmp_path, settings.model_copy(update={"sft": section}))
+    prepare(examples, tmp_path, settings)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(LeadreError, match="install g"):
+        training.run_ranks("sft", tmp_path, settings)
+
+
+def test_hostfile_slots_must_match(examples: pa.Table, settings: Settings, tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("# ours\nfirst slots=4\nsecond slots=4\n")
+    section = settings.sft.model_copy(update={"hostfile": str(hosts)})
+    elsewhere = settings.model_copy(update={"sft": section})
+    prepare(examples, tmp_path, elsewhere)
+    with pytest.raises(LeadreError, match="8 slots"):
+        training.run_ranks("sft", tmp_path, elsewhere)
+    hosts.write_text("first\n")
+    with pytest.raises(LeadreError, match="no hostfile"):
+        training.run_ranks("sft", tmp_path, elsewhere)
+
+
+def test_stale_build_locks_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "some_extension" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    os.utime(lock, (0, 0))
+    training._clear_stale_locks()
+    assert not lock.exists()
