@@ -17,10 +17,11 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from leadre_lib.constraint_index import ConstraintIndex
 from leadre_lib.decoding import BeamDecoder
@@ -28,9 +29,9 @@ from leadre_lib.model import build_model, build_tokenizer, sid_token_ids, sid_to
 from leadre_lib.settings import DecodingSettings, ModelSettings
 
 SIZES = (64, 64, 64)
-# 5.7 million parameters with a vocabulary of 4,352 tokens.
+# 5.7 million parameters with a vocabulary of 4,608 tokens.
 MODEL = ModelSettings(
-    hidden_size=256, intermediate_size=768, layers=6, heads=8, kv_heads=2, vocabulary=4160
+    hidden_size=256, intermediate_size=768, layers=6, heads=8, kv_heads=2, vocabulary=4416
 )
 
 
@@ -78,7 +79,7 @@ def fixed_prompts(tokenizer: PreTrainedTokenizerBase, users: int, length: int) -
 
 @torch.inference_mode()
 def generate(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],
     tokens: np.ndarray,
@@ -110,7 +111,7 @@ def main() -> None:
     tokenizer = build_tokenizer(["a prompt"], sid_tokens(SIZES), MODEL.vocabulary)
     padding = [f"<|unused_{i}|>" for i in range(MODEL.vocabulary + sum(SIZES) - len(tokenizer))]
     tokenizer.add_tokens(padding)
-    model = build_model(MODEL, tokenizer, seed=0).to(args.device).eval()
+    model = build_model(MODEL, tokenizer, seed=0).eval()
     flat = np.random.default_rng(1).choice(np.prod(SIZES), args.ads, replace=False)
     codes = np.stack(np.unravel_index(flat, SIZES), axis=1)
     ids = sid_token_ids(tokenizer, SIZES)

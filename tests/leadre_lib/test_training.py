@@ -121,13 +121,20 @@ def test_dpo_goes_on_from_sft(trained: Path, examples: pa.Table, settings: Setti
     assert all(moved)
 
 
+def command_of(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
 def kill_a_rank_after(step: int, work: Path, stop: threading.Event) -> None:
     """`kill -9` of the second rank, once a checkpoint of `step` is whole."""
     sealed = work / "sft" / "checkpoints" / f"checkpoint-{step}" / "complete.json"
     while not stop.wait(0.01):
         if sealed.exists():
             for process in psutil.Process().children(recursive=True):
-                if "--local_rank=1" in process.cmdline():
+                if "--local_rank=1" in command_of(process):
                     process.kill()
                     return
 
@@ -177,11 +184,14 @@ def test_a_killed_launcher_takes_its_ranks_along(
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     for politely in (True, False):
         process = subprocess.Popen(command, env=environment)
-        ranks = wait_for_ranks(process)
-        process.terminate() if politely else process.kill()
-        process.wait()
-        if not politely:
-            training.end_ranks(tmp_path / "sft")
+        try:
+            ranks = wait_for_ranks(process)
+            process.terminate() if politely else process.kill()
+            process.wait()
+        finally:
+            process.kill()
+            if not politely:
+                training.end_ranks(tmp_path / "sft")
         _, alive = psutil.wait_procs(ranks, timeout=5)
         assert not alive
         assert not (tmp_path / "sft" / "ranks.json").exists()
@@ -191,7 +201,7 @@ def wait_for_ranks(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     """DeepSpeed's processes and the two ranks, once they are there."""
     while process.poll() is None:
         children = psutil.Process(process.pid).children(recursive=True)
-        if sum("jobs.train_rank" in " ".join(child.cmdline()[:4]) for child in children) >= 2:
+        if sum("--local_rank=" in " ".join(command_of(child)) for child in children) >= 2:
             return children
         time.sleep(0.05)
     raise AssertionError("the job ended by itself")

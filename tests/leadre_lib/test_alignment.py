@@ -1,0 +1,203 @@
+"""Curation, interests, prompts and examples on a hand-made world, on Sail.
+
+`tests/jobs/test_engines.py` holds both engines to equal rows.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import Any
+
+import pytest
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from leadre_lib.alignment import eval_examples, preference_pairs, sft_examples
+from leadre_lib.contracts import load_contract
+from leadre_lib.curation import curate_events
+from leadre_lib.interests import interests
+from leadre_lib.prompts import prompts
+from leadre_lib.settings import ExampleSettings, InterestSettings
+from tests.worlds import (
+    ADS,
+    DAY0,
+    DAY0_AD_EVENTS,
+    DAY0_CONTENT_EVENTS,
+    DAY1,
+    DAY1_AD_EVENTS,
+    USERS,
+    ad_event,
+    at,
+    rows,
+)
+
+WINDOW = InterestSettings()
+EXAMPLES = ExampleSettings(titles_to_sid_fraction=1.0)
+
+
+def frame(spark: SparkSession, table: str, records: list[dict[str, Any]]) -> DataFrame:
+    data = rows(table, records).to_pylist()
+    return spark.createDataFrame(
+        [tuple(record.values()) for record in data], load_contract(table).spark_schema()
+    )
+
+
+def behaviours(
+    spark: SparkSession, ad_events: list[dict[str, Any]], content: list[dict[str, Any]]
+) -> DataFrame:
+    return curate_events(
+        frame(spark, "raw_ad_events", ad_events),
+        frame(spark, "raw_content_events", content),
+        frame(spark, "raw_users", USERS),
+        frame(spark, "raw_ads", ADS),
+        None,
+        DAY1,
+    ).behaviours
+
+
+def ids(spark: SparkSession) -> DataFrame:
+    records = [(ad["ad_id"], f"<a_{n}><b_0>", "book") for n, ad in enumerate(ADS)]
+    return spark.createDataFrame(records, "ad_id string, semantic_id string, codebook string")
+
+
+def requests(spark: SparkSession, *asked: tuple[str, dt.datetime]) -> DataFrame:
+    return spark.createDataFrame(
+        [(user, user, cutoff) for user, cutoff in asked],
+        "request_id string, user_id string, cutoff timestamp",
+    )
+
+
+def test_events_are_judged_once_and_with_a_reason(spark: SparkSession) -> None:
+    strange = [
+        *DAY0_AD_EVENTS,
+        ad_event("x1", "nobody", "a1", "click", at(DAY0, 8)),
+        ad_event("x2", "u1", "nothing", "click", at(DAY0, 8)),
+        ad_event("x3", "u1", "a1", "click", at(DAY1, 8)),
+    ]
+    earlier = spark.createDataFrame([("e06",)], "event_id string")
+    curated = curate_events(
+        frame(spark, "raw_ad_events", strange),
+        frame(spark, "raw_content_events", DAY0_CONTENT_EVENTS),
+        frame(spark, "raw_users", USERS),
+        frame(spark, "raw_ads", ADS),
+        earlier,
+        DAY0,
+    )
+    assert (curated.events, curated.repeated) == (14, 2)
+    quarantined = {row["event_id"]: row["reason"] for row in curated.quarantine.collect()}
+    assert quarantined == {"x1": "unknown_user", "x2": "unknown_ad", "x3": "future_event"}
+    kept = {row["event_id"]: row for row in curated.behaviours.collect()}
+    assert sorted(kept) == ["c01", "c02", "c03", "e01", "e02", "e03", "e04", "e05", "e07"]
+    assert kept["e02"]["title"] == "Trail running shoes"
+    assert kept["e02"]["category"] == "sports/running"
+
+
+def test_interests_know_only_what_is_older_and_inside_the_window(spark: SparkSession) -> None:
+    stream = behaviours(spark, DAY0_AD_EVENTS + DAY1_AD_EVENTS[:2], DAY0_CONTENT_EVENTS)
+    asked = requests(spark, ("u1", at(DAY0, 9)), ("u2", at(DAY1, 12)), ("u3", at(DAY0, 1)))
+    known = {row["user_id"]: row for row in interests(asked, stream, WINDOW).collect()}
+    # At nine sharp the conversion of that very moment is not known yet.
+    assert [s["item_id"] for s in known["u1"]["short_term"]] == ["content-c01", "a1"]
+    assert [s["event_type"] for s in known["u1"]["short_term"]] == ["play", "click"]
+    assert known["u1"]["seen_ad_ids"] == ["a1"]
+    # An item stands once, with its latest behaviour.
+    assert [s["item_id"] for s in known["u2"]["short_term"]] == ["content-c02", "a4", "a2"]
+    (interest,) = known["u2"]["long_term"]
+    assert (interest["category"], interest["times"]) == ("home/kitchen", 4)
+    # Half-life 14 days: three behaviours of yesterday and one of today.
+    assert interest["score"] == pytest.approx(1 + 3 * 0.5 ** (1 / 14), abs=1e-4)
+    assert known["u3"]["short_term"] == known["u3"]["long_term"] == []
+    late = requests(spark, ("u1", at(DAY0 + dt.timedelta(days=92), 0)))
+    assert interests(late, stream, WINDOW).collect()[0]["short_term"] == []
+
+
+def test_the_prompt_has_its_five_parts_and_no_holes(spark: SparkSession) -> None:
+    stream = behaviours(spark, DAY0_AD_EVENTS, DAY0_CONTENT_EVENTS)
+    asked = requests(spark, ("u1", at(DAY1, 0)), ("u3", at(DAY0, 1)))
+    known = interests(asked, stream, WINDOW)
+    told = {
+        row["user_id"]: row
+        for row in prompts(known, frame(spark, "raw_users", USERS), ids(spark)).collect()
+    }
+    assert told["u1"]["prompt"] == (
+        "You are an ad recommendation system.\n"
+        "The user: 34 years old, female, lives in Lyon, education master, works as nurse.\n"
+        "Long-term interests: sports/running*4.\n"
+        "Recent behaviours: 1*play*My first marathon; 1*conversion*<a_0><b_0>;"
+        " 1*click*<a_2><b_0>.\n"
+        "What ad will the user be interested in next?\nAnswer: "
+    )
+    assert "1*conversion*Trail running shoes" in told["u1"]["title_prompt"]
+    assert "<a_" not in told["u1"]["title_prompt"]
+    assert told["u3"]["prompt"] == (
+        "You are an ad recommendation system.\n"
+        "What ad will the user be interested in next?\nAnswer: "
+    )
+
+
+@pytest.mark.parametrize("cutoff", ["day", "event"])
+def test_a_planted_leak_does_not_reach_an_example(spark: SparkSession, cutoff: str) -> None:
+    """The future, and with `day` the target's own day, must not be in a prompt."""
+    leak = [
+        *DAY0_AD_EVENTS,
+        *DAY1_AD_EVENTS[:2],
+        ad_event("leak", "u1", "a4", "click", at(DAY1, 9, 1), ecpm=1.0),
+        ad_event("same", "u1", "a2", "click", at(DAY1, 8, 59), ecpm=9.0),
+    ]
+    settings = EXAMPLES.model_copy(update={"cutoff": cutoff})
+    stream = behaviours(spark, leak, DAY0_CONTENT_EVENTS)
+    users, ads = frame(spark, "raw_users", USERS), frame(spark, "raw_ads", ADS)
+    made = sft_examples(stream, users, ads, ids(spark), settings, WINDOW, 1)
+    found = {row["example_id"]: row for row in made.collect()}
+    prompt = found["next_ad:e11"]["prompt"]
+    assert "<a_3>" not in prompt  # a4, clicked one minute later
+    assert ("<a_1>" in prompt) == (cutoff == "event")  # a2, clicked one minute before
+    assert "<a_2>" in prompt  # a3, clicked the day before
+    titles = found["titles_to_sid:e11"]["prompt"]
+    assert "Bread knife" not in titles
+    pairs = preference_pairs(stream, users, ids(spark), settings, WINDOW, 1).collect()
+    for row in pairs:
+        assert row["chosen_ecpm"] > row["rejected_ecpm"]
+        if row["target_time"] >= at(DAY1, 0).replace(tzinfo=None):
+            assert "<a_3>" not in row["prompt"]
+
+
+def test_cases_are_the_conversions_of_the_day_and_know_nothing_of_it(spark: SparkSession) -> None:
+    stream = behaviours(spark, DAY0_AD_EVENTS + DAY1_AD_EVENTS, DAY0_CONTENT_EVENTS)
+    arrived = behaviours(spark, DAY1_AD_EVENTS, [])
+    users = frame(spark, "raw_users", USERS)
+    made = eval_examples(stream, arrived, users, ids(spark), DAY1, EXAMPLES, WINDOW, 1)
+    cases = {row["case_id"]: row for row in made.collect()}
+    assert sorted(cases) == ["u1:a3", "u2:a2"]
+    assert cases["u1:a3"]["history_ad_ids"] == ["a1", "a3"]
+    assert cases["u2:a2"]["history_ad_ids"] == ["a2", "a4", "a3"]
+    assert cases["u2:a2"]["target_ecpm"] == 3.5
+    for case in cases.values():
+        assert case["cutoff"] == at(DAY1, 0).replace(tzinfo=None)
+        assert "0*" not in case["prompt"].replace("*10*", "")  # nothing of the day itself
+    late = EXAMPLES.model_copy(update={"eval_targets": "arrived"})
+    old = [ad_event("z", "u1", "a2", "conversion", at(DAY0, 9, 30), ecpm=1.0)]
+    arrived = behaviours(spark, old, [])
+    made = eval_examples(
+        stream.unionAll(arrived), arrived, users, ids(spark), DAY1, late, WINDOW, 1
+    )
+    (case,) = made.collect()
+    assert case["history_ad_ids"] == ["a1"]  # e04 of ten o'clock came after the target
+
+
+def test_draws_do_not_depend_on_order_or_partitions(spark: SparkSession) -> None:
+    from leadre_lib.alignment import draw
+
+    users = spark.range(1000).select(F.col("id").cast("string").alias("user_id"))
+    first = users.select(draw(1, "user_id").alias("d"), "user_id").orderBy("user_id").collect()
+    again = (
+        users.repartition(7)
+        .select(draw(1, "user_id").alias("d"), "user_id")
+        .orderBy("user_id")
+        .collect()
+    )
+    assert first == again
+    values = [row["d"] for row in first]
+    assert 0 <= min(values) < 0.05
+    assert 0.95 < max(values) < 1
+    assert sum(values) / 1000 == pytest.approx(0.5, abs=0.05)
