@@ -1,11 +1,11 @@
 """Look at the lake, and mend it.
 
-  tables                              every table with its published days
-  history TABLE                       the commits of a table, newest first
-  digests --ds DAY                    rows and digest of every table of a day, to compare two runs
-  stale --ds DAY                      partitions of a day whose inputs have changed since
-  restore TABLE --ds DAY --version N  publish a partition again as it was at a version of the table
-  orphans [--older-than-hours H]      delete the files of attempts that were never published
+tables                              every table with its published days
+history TABLE                       the commits of a table, newest first
+digests --ds DAY                    rows and digest of every table of a day, to compare two runs
+stale --ds DAY                      partitions of a day whose inputs have changed since
+restore TABLE --ds DAY --version N  publish a partition again as it was at a version of the table
+orphans [--older-than-hours H]      delete the files of attempts that were never published
 """
 
 from __future__ import annotations

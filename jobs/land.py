@@ -3,7 +3,8 @@
 The built-in sources (simulator, movielens, amazon) make the day themselves. With
 `LEADRE_SOURCE=lake` name a folder that holds `raw_users`, `raw_ads`, `raw_ad_events` and
 `raw_content_events`, each as `<table>.parquet` or as a folder of parquet files, with the columns of
-their contracts in `schemas/`. A day that is landed already is left as it is, unless `--force` is given.
+their contracts in `schemas/`. A day that is landed already is left as it is, unless `--force` is
+given.
 """
 
 from __future__ import annotations

@@ -43,7 +43,8 @@ FINISHED = frozenset({"success", "failed"})
 POLL_SECONDS = 1.0
 LOG_LINES = 20
 
-console = Console(highlight=False, soft_wrap=True)
+# Wide where the output goes to a file: a table cut to 80 columns cannot be read.
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 
 
 def days_to_run(settings: Settings, days: int) -> list[dt.date]:

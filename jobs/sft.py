@@ -1,8 +1,9 @@
 """Supervised fine-tuning of the day's model on the alignment tasks, by ranks under DeepSpeed.
 
-Training goes on from the champion as it was before the day; where there is none, from the base model
-of the settings, or from scratch. Writes `sft/model` and `sft/loss.json` in the day's work folder.
-Resumes from the newest whole checkpoint of an earlier attempt; done already, it only says so.
+Training goes on from the champion as it was before the day; where there is none, from the base
+model of the settings, or from scratch. Writes `sft/model` and `sft/loss.json` in the day's work
+folder. Resumes from the newest whole checkpoint of an earlier attempt; done already, it only says
+so.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from leadre_lib.training import prepare_sft, run_ranks
 
 def _sid_vectors(codebook: Codebook, tokens: int) -> np.ndarray:
     """Where the embeddings of new SID tokens start, float32 [tokens, latent]: the codebook's own
-    vectors; zeros for the last level's tokens, which mean nothing by themselves.
+    vectors; not a number for the last level's tokens, which mean nothing by themselves.
     """
     centroids = np.concatenate(codebook.centroids())
-    rest = np.zeros((tokens - len(centroids), centroids.shape[1]), np.float32)
+    rest = np.full((tokens - len(centroids), centroids.shape[1]), np.nan, np.float32)
     return np.concatenate([centroids, rest])
 
 

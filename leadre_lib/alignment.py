@@ -16,7 +16,7 @@ from pyspark.sql import functions as F
 
 from leadre_lib.curation import start_of
 from leadre_lib.interests import interests
-from leadre_lib.prompts import prompts
+from leadre_lib.prompts import plain, prompts
 from leadre_lib.settings import ExampleSettings, InterestSettings
 
 DRAW_RANGE = 1 << 24
@@ -141,6 +141,7 @@ def text_tasks(ads: DataFrame, semantic_ids: DataFrame) -> DataFrame:
     name = F.when(F.col("category") == "", F.col("title")).otherwise(
         F.concat("title", F.lit(" ("), "category", F.lit(")"))
     )
+    name = plain(name)
 
     def rows(task: str, prompt: Column, response: Column) -> DataFrame:
         return described.select(

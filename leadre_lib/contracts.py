@@ -244,9 +244,10 @@ def read_contract(path: Path) -> Contract:
         raise ContractError(f"{path}: no such contract; every table needs one") from None
     except yaml.YAMLError as error:
         raise ContractError(f"{path}: not valid YAML: {error}") from None
-    for error in sorted(_standard().iter_errors(document), key=lambda e: list(map(str, e.path))):
-        place = ".".join(str(part) for part in error.absolute_path) or "top level"
-        raise ContractError(f"{path}: {place}: {error.message[:300]}")
+    wrong = sorted(_standard().iter_errors(document), key=lambda e: list(map(str, e.path)))
+    if wrong:
+        place = ".".join(str(part) for part in wrong[0].absolute_path) or "top level"
+        raise ContractError(f"{path}: {place}: {wrong[0].message[:300]}")
     if not document.get("schema"):
         raise ContractError(f"{path}: `schema` is empty: it must describe the table")
     schema = document["schema"][0]

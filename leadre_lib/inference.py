@@ -1,9 +1,9 @@
 """Bulk inference: candidates of all users, part by part, in shards, resumable.
 
 The users, in the order of their ids, are cut into parts of fixed size; a shard takes every n-th
-part, and each finished part is a parquet file. A rerun with the same inputs skips the parts that are
-there, and because a part's users depend on nothing else, the rows are the same with or without a kill and
-whatever the number of shards.
+part, and each finished part is a parquet file. A rerun with the same inputs skips the parts that
+are there, and because a part's users depend on nothing else, the rows are the same with or without
+a kill and whatever the number of shards.
 
 Knows nothing of DAGs, gates or the online store.
 """

@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable
 from deltalake import Schema as DeltaSchema
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
-from deltalake.transaction import AddAction
+from deltalake.transaction import AddAction, RemoveAction
 
 from leadre_lib.contracts import PARTITION, Contract, load_contract
 from leadre_lib.errors import LeadreError
@@ -369,7 +369,9 @@ class Lake:
             partition_by=[PARTITION],
             configuration={"delta.logRetentionDuration": "interval 3650 days"},
         )
-        actions = [_add_action(self.folder(table), path, ds) for path in files]
+        actions: list[AddAction | RemoveAction] = [
+            _add_action(self.folder(table), path, ds) for path in files
+        ]
         for attempt in range(COMMIT_TRIES):
             # The state that is looked at must be the very one that the commit builds upon.
             opened = DeltaTable(str(self.folder(table)))

@@ -74,6 +74,11 @@ def sid_token_ids(tokenizer: PreTrainedTokenizerBase, sizes: Sequence[int]) -> l
     return np.split(ids, np.cumsum(sizes)[:-1])
 
 
+def sid_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The ids of all Semantic ID tokens that the tokenizer has."""
+    return set(_token_ids(tokenizer, _sid_tokens_of(tokenizer)))
+
+
 def build_tokenizer(
     texts: Iterable[str], sid_vocab: Sequence[str], vocabulary: int
 ) -> PreTrainedTokenizerFast:
@@ -143,6 +148,7 @@ def build_model(
         num_key_value_heads=settings.kv_heads,
         max_position_embeddings=settings.max_tokens,
         tie_word_embeddings=True,
+        initializer_range=settings.initializer_range,
         use_sliding_window=False,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,

@@ -17,11 +17,16 @@ ROLE = "You are an ad recommendation system."
 QUESTION = "What ad will the user be interested in next?\nAnswer: "
 
 
+def plain(text: Column) -> Column:
+    """Text from outside, made unable to pass for a Semantic ID or a special token."""
+    return F.translate(text, "<>", "()")
+
+
 def profile_sentence() -> Column:
     """The profile as one sentence; what is not known leaves no hole, nothing known no sentence."""
 
     def part(column: str, before: str, after: str = "") -> Column:
-        return F.concat(F.lit(before), F.col(column).cast("string"), F.lit(after))
+        return F.concat(F.lit(before), plain(F.col(column).cast("string")), F.lit(after))
 
     parts = F.concat_ws(
         ", ",
@@ -37,7 +42,8 @@ def profile_sentence() -> Column:
 def long_term_sentence() -> Column:
     """`category*times` of the strongest categories; null where there is none."""
     items = F.transform(
-        "long_term", lambda x: F.concat(x["category"], F.lit("*"), x["times"].cast("string"))
+        "long_term",
+        lambda x: F.concat(plain(x["category"]), F.lit("*"), x["times"].cast("string")),
     )
     text = F.concat(F.lit("Long-term interests: "), F.array_join(items, ", "), F.lit("."))
     return F.when(F.size("long_term") > 0, text)
@@ -59,12 +65,13 @@ def short_term_sentences(requests: DataFrame, semantic_ids: DataFrame) -> DataFr
     )
     days = age_in_days(F.col("cutoff"), F.col("event_time")).cast("string")
     start = F.concat(days, F.lit("*"), F.col("event_type"), F.lit("*"))
+    title = plain(F.col("title"))
     steps = steps.select(
         "request_id",
         F.struct(
             "place",
-            F.concat(start, F.coalesce("semantic_id", "title")).alias("with_ids"),
-            F.concat(start, F.col("title")).alias("with_titles"),
+            F.concat(start, F.coalesce(F.col("semantic_id"), title)).alias("with_ids"),
+            F.concat(start, title).alias("with_titles"),
         ).alias("step"),
     )
     collected = steps.groupBy("request_id").agg(F.sort_array(F.collect_list("step")).alias("steps"))

@@ -83,12 +83,13 @@ def _validate(
     """The result of each check; an empty one where it is missing."""
     import great_expectations as gx
     from great_expectations import expectations as gxe
+    from great_expectations.data_context.types.base import ProgressBarsConfig
 
     if not checks:
         return []
     context = gx_context(settings)
     # Progress bars are for notebooks; in a task's log they are noise.
-    context.variables.progress_bars = {"globally": False}
+    context.variables.progress_bars = ProgressBarsConfig(globally=False)
     source = context.data_sources.add_or_update_spark("leadre", persist=False)
     batch = source.add_dataframe_asset(table).add_batch_definition_whole_dataframe(ds.isoformat())
     suite = gx.ExpectationSuite(name=table)

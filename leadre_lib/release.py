@@ -1,8 +1,8 @@
 """Releases: immutable folders of what belongs together, and the pointer that names the champion.
 
 A release holds the codebook, the Semantic IDs, the model with its tokenizer, the indexes, and a
-`manifest.json` with the versions, the checksum of every file, the metrics and the parents. Its id is
-its day and a hash of its content, so that the same content is the same release.
+`manifest.json` with the versions, the checksum of every file, the metrics and the parents. Its id
+is its day and a hash of its content, so that the same content is the same release.
 
     <root>/<id>/manifest.json, codebook/, semantic_ids/, model/, indexes/
     <root>/champion.json      history of champions, one entry a day and rebuild; replaced atomically

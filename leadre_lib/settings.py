@@ -130,7 +130,7 @@ class SemanticIdSettings(Section):
 
 
 class ModelSettings(Section):
-    """The decoder. `base` empty: a Qwen2 of the sizes below, from scratch; else a path or hub id."""
+    """The decoder. `base` empty: a Qwen2 of these sizes, from scratch; else a path or hub id."""
 
     base: str = ""
     hidden_size: PositiveInt = 128
@@ -140,6 +140,7 @@ class ModelSettings(Section):
     kv_heads: PositiveInt = 2
     vocabulary: PositiveInt = 2048
     max_tokens: PositiveInt = 384
+    initializer_range: float = Field(0.04, gt=0, description="of weights that start at random")
 
 
 class TrainingSettings(Section):
@@ -151,13 +152,18 @@ class TrainingSettings(Section):
     ranks: PositiveInt = 2
     deepspeed: str = "deepspeed_cpu.json"
     hostfile: str = ""
-    learning_rate: float = Field(2e-3, gt=0)
-    batch_size: PositiveInt = 32
+    learning_rate: float = Field(3e-3, gt=0)
+    batch_size: PositiveInt = 16
     epochs: float = Field(2.0, gt=0)
     max_steps: int = Field(0, ge=0, description="0: as many as the epochs need")
     warmup_ratio: Fraction = Field(0.05, ge=0, le=1)
     checkpoint_steps: PositiveInt = 50
     gradient_checkpointing: bool = False
+    loss_on: Literal["response", "semantic_ids"] = Field(
+        "semantic_ids",
+        description="the response alone, or every Semantic ID of the prompt too: a behaviour is"
+        " then a target of what is older than it",
+    )
 
 
 class DpoSettings(TrainingSettings):
@@ -327,11 +333,11 @@ def _check_environment() -> None:
             continue
         section, *rest = name.removeprefix(ENV_PREFIX).lower().split("__")
         field = Settings.model_fields.get(section)
-        known: Any = field is not None
-        if known and rest:
-            annotation = field.annotation  # type: ignore[union-attr]
-            is_section = isinstance(annotation, type) and issubclass(annotation, Section)
-            known = is_section and len(rest) == 1 and rest[0] in annotation.model_fields
+        known = field is not None
+        if field is not None and rest:
+            kind: Any = field.annotation
+            is_section = isinstance(kind, type) and issubclass(kind, Section)
+            known = is_section and len(rest) == 1 and rest[0] in kind.model_fields
         if not known:
             raise SettingsError(f"unknown environment variable {name}: see leadre_lib/settings.py")
 

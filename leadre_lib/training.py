@@ -134,14 +134,20 @@ def _start(
 def _sft_rows(
     examples: pa.Table, tokenizer: PreTrainedTokenizerBase, settings: Settings
 ) -> Iterator[dict[str, list[list[int]]]]:
-    """Chunks of `input_ids` and `labels`, which are -100 on the prompt."""
+    """Chunks of `input_ids` and `labels`, which are -100 where there is no loss: on the prompt,
+    or on what of it is no Semantic ID.
+    """
+    known = models.sid_ids(tokenizer) if settings.sft.loss_on == "semantic_ids" else set()
     for chunk in _chunks(examples, ("prompt", "response")):
         answers = _answers(tokenizer, chunk["response"])
         prompts = _prompts(tokenizer, chunk["prompt"], answers, settings.model.max_tokens)
         pairs = list(zip(prompts, answers, strict=True))
         yield {
             "input_ids": [prompt + answer for prompt, answer in pairs],
-            "labels": [[-100] * len(prompt) + answer for prompt, answer in pairs],
+            "labels": [
+                [token if token in known else -100 for token in prompt] + answer
+                for prompt, answer in pairs
+            ],
         }
 
 

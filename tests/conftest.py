@@ -17,13 +17,13 @@ for name in [name for name in os.environ if name.startswith("LEADRE_")]:
     del os.environ[name]  # the shell's settings are not the tests' business
 
 
-@pytest.fixture()
+@pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     """The local profile with a home of its own."""
     return load_settings(home=tmp_path / "home")
 
 
-@pytest.fixture()
+@pytest.fixture
 def lake(settings: Settings) -> Lake:
     """An empty lake."""
     return Lake(settings.lake)

@@ -12,7 +12,7 @@ from leadre_lib.lake import Lake
 from leadre_lib.quality import QualityError, gate, publish, run_checks, volume
 from leadre_lib.settings import Settings
 from leadre_lib.spark import read
-from tests.worlds import ADS, DAY0, DAY1, DAY0_AD_EVENTS, USERS, rows
+from tests.worlds import ADS, DAY0, DAY0_AD_EVENTS, DAY1, USERS, rows
 
 CANDIDATE = {"user_id": "u1", "semantic_id": "<a_0>", "score": -1.0, "release": "r"}
 
@@ -69,7 +69,7 @@ def test_each_check_can_fail(
     assert [name for name in failed if check in name]
 
 
-def test_the_eCPM_order_of_a_pair_is_checked(  # noqa: N802
+def test_the_ecpm_order_of_a_pair_is_checked(
     spark: SparkSession, settings: Settings, lake: Lake
 ) -> None:
     pair = {
@@ -92,7 +92,7 @@ def test_a_critical_failure_publishes_nothing_and_says_why(
 ) -> None:
     publish(spark, settings, lake, "candidates", DAY0, rows("candidates", GOOD["candidates"]))
     bad = rows("candidates", [candidate(1, "a1"), candidate(1, "a2")])
-    with pytest.raises(QualityError, match="user_id.*rank"):
+    with pytest.raises(QualityError, match=r"user_id.*rank"):
         publish(spark, settings, lake, "candidates", DAY0, bad)
     assert lake.read("candidates", DAY0)["rank"].to_pylist() == [1, 2]
 

@@ -1,0 +1,89 @@
+"""The verdict on a challenger, and cases as catalogue rows."""
+
+from __future__ import annotations
+
+import datetime as dt
+
+import numpy as np
+import pytest
+
+from leadre_lib.catalogue import Catalogue, catalogue
+from leadre_lib.comparison import cases_of, verdict
+from leadre_lib.errors import LeadreError
+from tests.worlds import ADS, DAY0, DAY1, at, rows
+
+
+def of(value: float) -> dict[str, float]:
+    return {"HR@10": value}
+
+
+def test_the_first_model_is_promoted() -> None:
+    told = verdict({"sft": of(0.1), "dpo": of(0.11)}, None, None, 0.02)
+    assert told["promote"]
+    assert told["challenger"] == "dpo"
+
+
+@pytest.mark.parametrize(("own", "promoted"), [(0.30, True), (0.29, True), (0.27, False)])
+def test_a_challenger_may_lose_no_more_than_the_tolerance(own: float, promoted: bool) -> None:
+    told = verdict({"sft": of(own)}, "old", of(0.30), 0.02)
+    assert told["promote"] is promoted
+    assert "old" in told["reason"]
+
+
+def test_dpo_that_forgets_is_left_out() -> None:
+    told = verdict({"sft": of(0.3), "dpo": of(0.2)}, None, None, 0.02)
+    assert told["challenger"] == "sft"
+    assert "DPO was left out" in told["reason"]
+
+
+def semantic_ids(names: list[str], codebook: str = "book") -> list[dict[str, object]]:
+    return [
+        {
+            "ad_id": name,
+            "semantic_id": f"<a_{n}>",
+            "codes": [n, 0],
+            "text_hash": "",
+            "codebook": codebook,
+        }
+        for n, name in enumerate(names)
+    ]
+
+
+def small(day: dt.date = DAY0) -> Catalogue:
+    ads = rows("ads", [{**ad, "text_hash": ""} for ad in ADS])
+    return catalogue(ads, rows("ad_semantic_ids", semantic_ids(["a1", "a2", "a3", "a4"])), day)
+
+
+def test_active_means_started_and_not_stopped() -> None:
+    assert small(DAY1).active.tolist() == [True, True, True, False]
+    assert small(DAY0).active.tolist() == [True, True, True, False]  # stop_date is exclusive
+    with pytest.raises(LeadreError, match="no ad is active on 2026-03-01"):
+        small(DAY0 - dt.timedelta(days=1))
+
+
+def test_ids_that_are_missing_or_of_two_codebooks_are_refused() -> None:
+    ads = rows("ads", [{**ad, "text_hash": ""} for ad in ADS])
+    with pytest.raises(LeadreError, match="'a3' has no Semantic ID"):
+        catalogue(ads, rows("ad_semantic_ids", semantic_ids(["a1", "a2", "a4"])), DAY0)
+    mixed = semantic_ids(["a1", "a2"]) + semantic_ids(["a3", "a4"], "other")
+    with pytest.raises(LeadreError, match="mixed"):
+        catalogue(ads, rows("ad_semantic_ids", mixed), DAY0)
+
+
+def test_cases_become_rows_and_forgotten_ads_leave_histories() -> None:
+    case = {
+        "split": "test",
+        "user_id": "u",
+        "prompt": "p",
+        "cutoff": at(DAY1, 0),
+        "codebook": "book",
+    }
+    examples = [
+        {**case, "case_id": "1", "history_ad_ids": ["a2", "gone", "a1"], "target_ad_id": "a3"},
+        {**case, "case_id": "2", "history_ad_ids": [], "target_ad_id": "gone", "target_ecpm": 2.0},
+    ]
+    cases = cases_of(rows("eval_examples", examples), small())
+    assert cases.target.tolist() == [2, -1]
+    assert cases.histories.offsets.tolist() == [0, 2, 2]
+    assert cases.histories.values.tolist() == [1, 0]
+    assert np.isnan(cases.ecpm).tolist() == [True, False]
