@@ -72,8 +72,8 @@ class InterestSettings(Section):
 
     window_days: PositiveInt = 90
     half_life_days: float = Field(14.0, gt=0)
-    long_term_categories: PositiveInt = 5
-    short_term_behaviours: PositiveInt = 10
+    long_term_categories: PositiveInt = 4
+    short_term_behaviours: PositiveInt = 8
     max_behaviours: PositiveInt = 200
 
 
@@ -81,7 +81,7 @@ class ExampleSettings(Section):
     """How many training and evaluation examples are drawn."""
 
     targets_per_user: PositiveInt = 4
-    max_next_ad_examples: PositiveInt = 6000
+    max_next_ad_examples: PositiveInt = 5000
     click_weight: float = Field(0.5, ge=0)
     min_behaviours: int = Field(1, ge=0)
     titles_to_sid_fraction: Fraction = Field(0.05, ge=0, le=1)
@@ -157,6 +157,7 @@ class TrainingSettings(Section):
     epochs: float = Field(2.0, gt=0)
     max_steps: int = Field(0, ge=0, description="0: as many as the epochs need")
     warmup_ratio: Fraction = Field(0.05, ge=0, le=1)
+    weight_decay: float = Field(0.1, ge=0)
     checkpoint_steps: PositiveInt = 50
     gradient_checkpointing: bool = False
     loss_on: Literal["response", "semantic_ids"] = Field(
@@ -172,6 +173,7 @@ class DpoSettings(TrainingSettings):
     learning_rate: float = Field(1e-4, gt=0)
     batch_size: PositiveInt = 16
     epochs: float = Field(1.0, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
     beta: float = Field(0.1, gt=0)
     sft_weight: float = Field(1.0, ge=0)
 
