@@ -29,7 +29,7 @@ from rich.table import Table
 
 from jobs.airflow_server import AirflowServer, interrupt_on_signals, memory_by_task
 from jobs.command import main, parser
-from leadre_lib.contracts import RAW_TABLES
+from leadre_lib.contracts import RAW_TABLES, tables
 from leadre_lib.errors import LeadreError
 from leadre_lib.lake import Lake
 from leadre_lib.settings import Settings
@@ -116,8 +116,16 @@ class Chain:
         return runs["dag_runs"][0] if runs["dag_runs"] else None
 
     def run_day(self, ds: dt.date, force: bool) -> bool:
-        """Run the chain of one day, or go on with it; whether the day is done now."""
+        """Run the chain of one day, or go on with it; whether the day is done now.
+
+        A day that is done, but used what has changed since, is redone.
+        """
         run = self.newest_run(ds)
+        if run and run["state"] == "success" and not force:
+            changed = Lake(self.settings.lake).stale_inputs(tables(), ds)
+            if changed:
+                console.print(f"{ds}  is stale and redone: {', '.join(changed)} changed since")
+                force = True
         if run and run["state"] not in FINISHED:
             if not force:
                 console.print(f"{ds}  going on with the run that was interrupted")

@@ -434,6 +434,11 @@ class Lake:
                 changed.append(name)
         return changed
 
+    def stale_inputs(self, tables: Iterable[str], ds: dt.date) -> list[str]:
+        """Every input of the day's partitions that has changed since; see `changed_inputs`."""
+        found = [self.partition(name, ds) for name in tables if self.has(name, ds)]
+        return sorted({name for partition in found for name in self.changed_inputs(partition)})
+
     def remove_orphans(self, table: str, older_than: dt.timedelta) -> list[Path]:
         """Delete the files of attempts that were never published and are older than `older_than`,
         which must be longer than the longest attempt. The folders that were deleted.

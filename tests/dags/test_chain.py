@@ -32,6 +32,7 @@ TINY = {
     "SIMULATOR__NEW_ADS_PER_DAY": "3",
     "SIMULATOR__HISTORY_DAYS": "3",
     "QUALITY__MAX_UNKNOWN_REFERENCE_RATE": "0.1",
+    "QUALITY__MAX_COLLISION_RATE": "1",
     "SEMANTIC_IDS__CODES": "8",
     "SEMANTIC_IDS__LEVELS": "2",
     "SEMANTIC_IDS__EPOCHS": "8",
@@ -67,7 +68,7 @@ def airflow_day(ds: dt.date) -> dict[str, str]:
     """One day through `dag.test()` with a fresh DagBag; the state of each task."""
     from airflow.dag_processing.dagbag import DagBag
 
-    bag = DagBag(dag_folder=str(REPOSITORY / "dags"), include_examples=False)
+    bag = DagBag(dag_folder=str(REPOSITORY / "dags"))
     assert not bag.import_errors
     run = bag.dags["leadre_daily"].test(run_conf={"ds": ds.isoformat()})
     states = {ti.task_id: str(ti.state) for ti in run.get_task_instances()}
