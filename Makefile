@@ -43,12 +43,13 @@ $(STAMP): requirements.txt
 	  || { echo "error: Python 3.11 is needed and $(PYTHON) is not it: install it or say make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@command -v $${CXX:-g++} >/dev/null \
 	  || { echo "error: a C++ compiler is needed to build DeepSpeed's CPU extension: install g++ (Debian: apt-get install g++)" >&2; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -r requirements.txt
-	rm -rf "$(TORCH_EXTENSIONS_DIR)"
-	PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu $(BIN)/python -c \
+	@echo "setting up $(VENV): about three minutes"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet -r requirements.txt
+	@rm -rf "$(TORCH_EXTENSIONS_DIR)"
+	@PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu $(BIN)/python -c \
 	  'from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder as B; B().load(verbose=False)' >/dev/null
-	touch $@
+	@touch $@
 
 run: setup ## the daily chain over a few days, through Airflow; ends with a table of results
 	@$(BIN)/python -m jobs.run --days $(or $(DAYS),2) $(if $(filter-out 0,$(FORCE)),--force) \

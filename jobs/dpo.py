@@ -14,7 +14,6 @@ from leadre_lib import facts
 from leadre_lib.errors import NothingToDo
 from leadre_lib.lake import Lake
 from leadre_lib.settings import Settings
-from leadre_lib.training import prepare_dpo, run_ranks
 
 
 def run(args: argparse.Namespace, settings: Settings) -> None:
@@ -26,6 +25,9 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
             f"no preference pairs on {ds}: they need ads of different eCPM that one user clicked or"
             f" converted on within a day; the SFT model stands"
         )
+    # Ten seconds of imports that a source without eCPM does without.
+    from leadre_lib.training import prepare_dpo, run_ranks
+
     prepare_dpo(pairs, settings.work(ds), settings)
     run_ranks("dpo", settings.work(ds), settings)
     facts.record(settings, ds, "dpo", pairs=pairs.num_rows)

@@ -9,13 +9,9 @@ import argparse
 import datetime as dt
 
 from jobs.command import main, parser
-from leadre_lib.catalogue import catalogue
 from leadre_lib.errors import LeadreError, NothingToDo
-from leadre_lib.generation import open_decoder, sid_sizes
-from leadre_lib.inference import Shard, infer_shard, parts_folder
 from leadre_lib.lake import Lake
 from leadre_lib.release import Releases
-from leadre_lib.semantic_ids import Codebook
 from leadre_lib.settings import Settings
 
 
@@ -27,6 +23,14 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     release = Releases(settings.releases).champion(before=ds + dt.timedelta(days=1))
     if release is None:
         raise NothingToDo("there is no champion yet: the first model is trained on the next day")
+    # Ten seconds of imports that a day without a champion does without.
+    import torch
+
+    from leadre_lib.catalogue import catalogue
+    from leadre_lib.generation import open_decoder, sid_sizes
+    from leadre_lib.inference import Shard, infer_shard, parts_folder
+    from leadre_lib.semantic_ids import Codebook
+
     prompts = lake.read("user_prompts", ds).sort_by("user_id")
     ads = catalogue(
         lake.read("ads", ds), lake.read("ad_semantic_ids", ds), ds + dt.timedelta(days=1)
@@ -35,13 +39,8 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     if prompts.num_rows:
         release.require_codebook(prompts["codebook"][0].as_py(), f"`user_prompts` of ds={ds}")
     sizes = sid_sizes(Codebook.load(release.folder / "codebook").sizes, settings)
-    folder = parts_folder(
-        settings,
-        ds,
-        release.id,
-        lake.partition("ad_semantic_ids", ds),
-        lake.partition("user_prompts", ds),
-    )
+    folder = parts_folder(settings, lake, ds, release.id)
+    torch.set_num_threads(settings.inference.threads)
     decoder = open_decoder(release.model, ads, sizes, settings)
     shard = Shard(args.shard, args.shards)
     infer_shard(prompts, shard, decoder, ads, release.id, folder, settings)

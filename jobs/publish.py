@@ -31,13 +31,7 @@ def _parts(settings: Settings, lake: Lake, ds: dt.date, users: int) -> list[Path
     champion = Releases(settings.releases).champion_entry(before=ds + dt.timedelta(days=1))
     if champion is None:
         raise NothingToDo("there is no champion yet, and so there are no candidates")
-    folder = parts_folder(
-        settings,
-        ds,
-        champion.release,
-        lake.partition("ad_semantic_ids", ds),
-        lake.partition("user_prompts", ds),
-    )
+    folder = parts_folder(settings, lake, ds, champion.release)
     parts = part_paths(folder, users, settings.inference.users_per_part)
     if gone := [part for part in parts if not part.exists()]:
         raise LeadreError(

@@ -9,19 +9,19 @@ so.
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jobs.command import main, parser
 from leadre_lib import facts
 from leadre_lib.errors import NothingToDo
-from leadre_lib.generation import sid_sizes
 from leadre_lib.lake import Lake
-from leadre_lib.model import sid_tokens
 from leadre_lib.release import Releases
-from leadre_lib.semantic_ids import Codebook
 from leadre_lib.settings import Settings
-from leadre_lib.training import prepare_sft, run_ranks
+
+if TYPE_CHECKING:
+    from leadre_lib.semantic_ids import Codebook
 
 
 def _sid_vectors(codebook: Codebook, tokens: int) -> np.ndarray:
@@ -39,6 +39,12 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     examples = lake.read("sft_examples", ds).sort_by("example_id")
     if not examples.num_rows:
         raise NothingToDo(f"no behaviours before {ds}: nothing to learn from")
+    # Ten seconds of imports that a day with nothing to learn from does without.
+    from leadre_lib.generation import sid_sizes
+    from leadre_lib.model import sid_tokens
+    from leadre_lib.semantic_ids import Codebook
+    from leadre_lib.training import prepare_sft, run_ranks
+
     version = examples["codebook"][0].as_py()
     codebook = Codebook.load(settings.codebooks / version)
     champion = Releases(settings.releases).champion(before=ds)

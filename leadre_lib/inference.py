@@ -28,10 +28,12 @@ import pyarrow.parquet as pq
 from leadre_lib.catalogue import Catalogue
 from leadre_lib.contracts import load_contract
 from leadre_lib.decoding import BeamDecoder
-from leadre_lib.lake import Partition
+from leadre_lib.lake import Lake
 from leadre_lib.settings import Settings
 
 log = logging.getLogger(__name__)
+
+INPUTS = ("ads", "ad_semantic_ids", "user_prompts")
 
 
 @dataclass(frozen=True)
@@ -42,14 +44,12 @@ class Shard:
     count: int
 
 
-def parts_folder(
-    settings: Settings, ds: dt.date, release: str, catalogue: Partition, prompts: Partition
-) -> Path:
+def parts_folder(settings: Settings, lake: Lake, ds: dt.date, release: str) -> Path:
     """Where the parts of these very inputs lie; other inputs, another folder."""
+    inputs = [lake.partition(name, ds).digest for name in INPUTS]
     what = [
         release,
-        catalogue.digest,
-        prompts.digest,
+        inputs,
         settings.decoding.model_dump(),
         settings.inference.users_per_part,
         settings.evaluation.exclude_seen,

@@ -197,6 +197,7 @@ class InferenceSettings(Section):
     """Bulk inference."""
 
     shards: PositiveInt = 2
+    threads: PositiveInt = Field(1, description="of one shard; shards times threads: the cores")
     active_days: PositiveInt = 30
     users_per_part: PositiveInt = 512
 
