@@ -53,7 +53,8 @@ def main(
 ) -> None:
     """Parse the command line, load the settings, run the job, and exit with its code.
 
-    With a name, `job`, the time and memory that the job took are kept for the day's report.
+    With a name, `job`, the time and memory that the job took are kept for the day's report; the
+    name may hold arguments, such as `infer-{shard}`.
     """
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
@@ -62,6 +63,7 @@ def main(
         logging.getLogger(chatty).setLevel(logging.WARNING)
     os.environ.setdefault("GX_ANALYTICS_ENABLED", "False")
     args = arguments.parse_args()
+    job = job.format(**vars(args))
     began = time.monotonic()
     try:
         settings = load_settings()

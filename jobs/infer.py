@@ -50,4 +50,4 @@ if __name__ == "__main__":
     arguments = parser(__doc__)
     arguments.add_argument("--shard", type=int, default=0, help="which shard, from 0 (default: 0)")
     arguments.add_argument("--shards", type=int, default=1, help="how many there are (default: 1)")
-    main(run, arguments)
+    main(run, arguments, "infer-{shard}")
