@@ -12,13 +12,16 @@ from leadre_lib.settings import load_settings
 DOC = """
 ### Index rebuild
 Gives the day's new ads a Semantic ID and takes its stopped ads out, as a child release of the
-champion with the same model. It needs the day's `raw_ads` only, so it is done long before training
-is. It waits for the champion's lock: never at the same time as the daily chain's promotion.
+champion with the same model. Trigger it *between* daily runs, when the day's `raw_ads` have been
+landed again: a run of `leadre_daily` under way would find that the champion has changed under it.
+It waits for the champion's lock: never at the same time as a promotion.
 """
 
 settings = load_settings()
 
-with daily_dag("leadre_index_rebuild", settings, DOC, ("leadre", "index", "ads")) as dag:
+TAGS = ("leadre", "index", "ads")
+
+with daily_dag("leadre_index_rebuild", settings, DOC, TAGS, scheduled=False) as dag:
     wait_for_raw_ads = RawDayOperator(
         task_id="wait_for_raw_ads",
         lake=str(settings.lake),

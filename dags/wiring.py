@@ -82,8 +82,11 @@ class SparkJobOperator(SparkSubmitOperator):
             raise
 
 
-def daily_dag(dag_id: str, settings: Settings, doc: str, tags: Sequence[str]) -> DAG:
-    """A DAG with one run a day, just after the day has ended (UTC), keyed by that day.
+def daily_dag(
+    dag_id: str, settings: Settings, doc: str, tags: Sequence[str], scheduled: bool = True
+) -> DAG:
+    """A DAG with one run a day, just after the day has ended (UTC), keyed by that day; or, not
+    `scheduled`, one that runs for the days for which it is triggered or backfilled.
 
     Midnight and no other hour: the bound of `airflow backfill create --to-date` is an instant, so
     that a later hour would leave out the last day.
@@ -98,7 +101,7 @@ def daily_dag(dag_id: str, settings: Settings, doc: str, tags: Sequence[str]) ->
             "0 0 * * *", timezone="UTC", run_offset=-1, key_format="%Y-%m-%d"
         ),
         start_date=dt.datetime(2000, 1, 1, tzinfo=dt.UTC),
-        end_date=None if chain.schedule else ended,
+        end_date=None if chain.schedule and scheduled else ended,
         catchup=False,
         max_active_runs=1,
         params={

@@ -70,6 +70,8 @@ def main(
     except LeadreError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    if job:
+        facts.forget(settings, args.ds, job)
     try:
         run(args, settings)
     except NothingToDo as reason:

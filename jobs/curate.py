@@ -25,7 +25,8 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     with session(settings) as spark:
         users = read(spark, lake, "raw_users", [ds])
         ads = read(spark, lake, "raw_ads", [ds])
-        recent = ds - dt.timedelta(days=limits.dedupe_days)
+        # As far back as any example looks: there an event id must be unique.
+        recent = ds - dt.timedelta(days=settings.interests.window_days)
         days = [day for day in lake.days("behaviours") if recent <= day < ds]
         curated = curate_events(
             read(spark, lake, "raw_ad_events", [ds]),

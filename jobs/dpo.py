@@ -12,6 +12,7 @@ import argparse
 from jobs.command import main, parser
 from leadre_lib import facts
 from leadre_lib.errors import NothingToDo
+from leadre_lib.facts import remove
 from leadre_lib.lake import Lake
 from leadre_lib.settings import Settings
 
@@ -21,6 +22,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     ds = args.ds
     pairs = Lake(settings.lake).read("preference_pairs", ds).sort_by("pair_id")
     if not pairs.num_rows:
+        remove(settings.work(ds) / "dpo")
         raise NothingToDo(
             f"no preference pairs on {ds}: they need ads of different eCPM that one user clicked or"
             f" converted on within a day; the SFT model stands"

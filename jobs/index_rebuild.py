@@ -62,8 +62,8 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
 def _refresh(args: argparse.Namespace, settings: Settings, lake: Lake) -> None:
     """Publish `ads` and `ad_semantic_ids` again, if they were made of another raw snapshot."""
     ds = args.ds
-    made = [lake.has(table, ds) for table in ("ads", "ad_semantic_ids")]
-    if all(made) and not lake.changed_inputs(lake.partition("ads", ds)):
+    made = ("ads", "ad_semantic_ids")
+    if all(lake.has(table, ds) for table in made) and not lake.stale_inputs(made, ds):
         return
     with session(settings) as spark:
         raw = read(spark, lake, "raw_ads", [ds])

@@ -12,6 +12,7 @@ import datetime as dt
 from pyspark.sql import functions as F
 
 from jobs.command import main, parser
+from leadre_lib.alignment import ad_history
 from leadre_lib.curation import start_of
 from leadre_lib.interests import INTEREST_EVENTS, interests
 from leadre_lib.lake import Lake
@@ -49,11 +50,13 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
         stored = stored.withColumn("request_id", F.col("user_id"))
         semantic_ids = read(spark, lake, "ad_semantic_ids", [ds])
         codebook = semantic_ids.select("codebook").distinct()
+        none = F.array().cast("array<string>")
+        seen = F.sort_array(F.array_distinct(F.coalesce("history_ad_ids", none)))
         told = (
             prompts(stored, users, semantic_ids)
-            .join(known.select("request_id", "seen_ad_ids"), "request_id")
+            .join(ad_history(requests, behaviours), "request_id", "left")
             .crossJoin(codebook)
-            .select("user_id", "prompt", "seen_ad_ids", "codebook")
+            .select("user_id", "prompt", seen.alias("seen_ad_ids"), "codebook")
         )
         publish(spark, settings, lake, "user_prompts", ds, told)
 

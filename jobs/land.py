@@ -51,7 +51,7 @@ def _from_source(settings: Settings, ds: dt.date) -> dict[str, pa.Table]:
 
 
 def run(args: argparse.Namespace, settings: Settings) -> None:
-    """Land the day, all four tables or, if one is wrong, none."""
+    """Land the day: all four tables are checked before the first is published."""
     lake = Lake(settings.lake)
     if not args.force and all(lake.has(table, args.ds) for table in RAW_TABLES):
         print(f"{args.ds}: already landed")

@@ -26,8 +26,8 @@ from leadre_lib.settings import Settings
 from leadre_lib.spark import session
 
 
-def _parts(settings: Settings, lake: Lake, ds: dt.date, users: int) -> list[Path]:
-    """The parts of all shards that the champion wrote, none missing."""
+def _parts(settings: Settings, lake: Lake, ds: dt.date, users: int) -> tuple[list[Path], str]:
+    """The parts of all shards, none missing, and the champion that wrote them."""
     champion = Releases(settings.releases).champion_entry(before=ds + dt.timedelta(days=1))
     if champion is None:
         raise NothingToDo("there is no champion yet, and so there are no candidates")
@@ -37,14 +37,15 @@ def _parts(settings: Settings, lake: Lake, ds: dt.date, users: int) -> list[Path
         raise LeadreError(
             f"{gone[0]}: {len(gone)} of {len(parts)} parts are missing: run infer for every shard"
         )
-    return parts
+    return parts, champion.release
 
 
 def run(args: argparse.Namespace, settings: Settings) -> None:
     """Stage the parts as one attempt, audit it, commit, serve."""
     ds, lake = args.ds, Lake(settings.lake)
     active_users = lake.read("user_prompts", ds, ["user_id"]).num_rows
-    parts = _parts(settings, lake, ds, active_users)
+    parts, release = _parts(settings, lake, ds, active_users)
+    lake.reads["champion"] = release
     ads = catalogue(
         lake.read("ads", ds), lake.read("ad_semantic_ids", ds), ds + dt.timedelta(days=1)
     )

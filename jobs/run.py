@@ -32,6 +32,7 @@ from jobs.command import main, parser
 from leadre_lib.contracts import RAW_TABLES, tables
 from leadre_lib.errors import LeadreError
 from leadre_lib.lake import Lake
+from leadre_lib.release import Releases
 from leadre_lib.settings import Settings
 
 DAG = "leadre_daily"
@@ -85,6 +86,18 @@ def show(ds: dt.date, task: str, state: str, seconds: float | None = None) -> No
     console.print(line, style=STYLES.get(state), markup=False)
 
 
+def stale_inputs(settings: Settings, ds: dt.date) -> list[str]:
+    """What the day was made from and has changed since: partitions, and the champion."""
+    lake, releases = Lake(settings.lake), Releases(settings.releases)
+    changed = lake.stale_inputs(tables(), ds)
+    for table, before in (("metrics", ds), ("candidates", ds + dt.timedelta(days=1))):
+        used = lake.partition(table, ds).inputs.get("champion") if lake.has(table, ds) else None
+        entry = releases.champion_entry(before=before)
+        if used and (entry is None or entry.release != used):
+            changed.append(f"the champion before {before}")
+    return changed
+
+
 class Chain:
     """Runs of the daily DAG, a day at a time, through the REST API of a running server."""
 
@@ -122,7 +135,7 @@ class Chain:
         """
         run = self.newest_run(ds)
         if run and run["state"] == "success" and not force:
-            changed = Lake(self.settings.lake).stale_inputs(tables(), ds)
+            changed = stale_inputs(self.settings, ds)
             if changed:
                 console.print(f"{ds}  is stale and redone: {', '.join(changed)} changed since")
                 force = True

@@ -16,6 +16,7 @@ import numpy as np
 from jobs.command import main, parser
 from leadre_lib import facts
 from leadre_lib.errors import NothingToDo
+from leadre_lib.facts import remove
 from leadre_lib.lake import Lake
 from leadre_lib.release import Releases
 from leadre_lib.settings import Settings
@@ -37,7 +38,11 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     """Prepare what the ranks read, then run them."""
     ds, lake = args.ds, Lake(settings.lake)
     examples = lake.read("sft_examples", ds).sort_by("example_id")
+    # What an earlier run of the day left must not be taken for this one's.
+    for stale in ("dpo/model", "evaluation.json", "release.json"):
+        remove(settings.work(ds) / stale)
     if not examples.num_rows:
+        remove(settings.work(ds) / "sft")
         raise NothingToDo(f"no behaviours before {ds}: nothing to learn from")
     # Ten seconds of imports that a day with nothing to learn from does without.
     from leadre_lib.generation import sid_sizes

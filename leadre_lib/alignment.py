@@ -59,6 +59,8 @@ def cutoff_of(time: Column, settings: ExampleSettings) -> Column:
 def next_ad_requests(behaviours: DataFrame, settings: ExampleSettings, seed: int) -> DataFrame:
     """Which targets become examples: the latest of each user, then a draw down to the cap.
 
+    A target of weight below 1, a click, is drawn with that probability.
+
     Returns:
         request_id, user_id, cutoff, target_time, ad_id, weight.
     """
@@ -69,7 +71,7 @@ def next_ad_requests(behaviours: DataFrame, settings: ExampleSettings, seed: int
     drawn = (
         ad_targets(behaviours)
         .withColumn("weight", weight)
-        .where(F.col("weight") > 0)
+        .where(draw(seed + 5, "event_id") < F.col("weight"))
         .withColumn("place", F.row_number().over(latest))
         .where(F.col("place") <= settings.targets_per_user)
         .withColumn("draw", draw(seed, "event_id"))

@@ -99,7 +99,16 @@ def curate_events(
     events = one_stream(ad_events, content_events)
     # Of rows with one id the first stays, in an order that does not depend on the engine.
     order = Window.partitionBy("event_id").orderBy(
-        "event_time", "source_table", "user_id", "item_id", "event_type"
+        "event_time",
+        "source_table",
+        "user_id",
+        "item_id",
+        "event_type",
+        "ecpm",
+        "gmv",
+        "scene",
+        "title",
+        "category",
     )
     once = events.withColumn("copy", F.row_number().over(order)).where("copy = 1").drop("copy")
     if earlier is not None:

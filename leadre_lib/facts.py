@@ -9,6 +9,7 @@ import datetime as dt
 import json
 import os
 import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,22 @@ def write_json(path: Path, value: Any) -> None:
     partial.replace(path)
 
 
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def record(settings: Settings, ds: dt.date, job: str, **facts: Any) -> None:
     """Keep the facts of one job and day, in place of those of an earlier run."""
     write_json(settings.reports(ds) / "facts" / f"{job}.json", facts)
+
+
+def forget(settings: Settings, ds: dt.date, job: str) -> None:
+    """Drop what an earlier run of the job and day had recorded."""
+    remove(settings.reports(ds) / "facts" / f"{job}.json")
 
 
 def record_run(settings: Settings, ds: dt.date, job: str, seconds: float) -> None:

@@ -51,9 +51,8 @@ def interests(requests: DataFrame, behaviours: DataFrame, settings: InterestSett
         The columns of `requests` and
         `long_term`: array of (category, times, score), strongest first; the score counts each
         behaviour as a half after every `half_life_days`, rounded so that both engines agree;
-        `short_term`: array of the latest behaviours, one an item, oldest first;
-        `seen_ad_ids`: the ads among the known behaviours, sorted. Empty arrays where nothing is
-        known.
+        `short_term`: array of the latest behaviours, one an item, oldest first. Empty arrays
+        where nothing is known.
     """
     known = before_cutoff(requests, behaviours, settings)
     decay = F.pow(
@@ -83,17 +82,10 @@ def interests(requests: DataFrame, behaviours: DataFrame, settings: InterestSett
         "short_term",
         SHORT_TERM_FIELDS,
     )
-    seen = (
-        known.where("domain = 'ad'")
-        .groupBy("request_id")
-        .agg(F.sort_array(F.collect_set("item_id")).alias("seen_ad_ids"))
-    )
     joined = requests.join(long_term, "request_id", "left").join(short_term, "request_id", "left")
-    joined = joined.join(seen, "request_id", "left")
     for name, type_ in (
         ("long_term", long_term.schema["long_term"].dataType.simpleString()),
         ("short_term", short_term.schema["short_term"].dataType.simpleString()),
-        ("seen_ad_ids", "array<string>"),
     ):
         joined = joined.withColumn(name, F.coalesce(name, F.array().cast(type_)))
     return joined

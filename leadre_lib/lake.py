@@ -313,12 +313,14 @@ class Lake:
             )
         attempt = _attempt_of(files)
         record = self._metadata(table).get(attempt, {})
+        if not record:  # another writer's: what it recorded, if anything, is not known here
+            record = {"rows": sum(_read_footer(path).num_rows for path in files)}
         return Partition(
             table,
             ds,
             attempt,
             tuple(sorted(files)),
-            int(record.get("rows", -1)),
+            int(record["rows"]),
             str(record.get("digest", attempt)),
             record.get("inputs", {}),
         )
@@ -376,7 +378,10 @@ class Lake:
             # The state that is looked at must be the very one that the commit builds upon.
             opened = DeltaTable(str(self.folder(table)))
             current = self._listed(table, opened).get(ds)
-            if (_attempt_of(current) if current else None) != base:
+            now = _attempt_of(current) if current else None
+            if now == metadata["attempt"] != base:
+                return  # the commit before landed, and only what follows a commit failed
+            if now != base:
                 raise ConflictError(
                     f"table {table}: ds={ds} was published by someone else meanwhile;"
                     f" nothing was changed: run the job again"
@@ -443,7 +448,7 @@ class Lake:
         """Delete the files of attempts that were never published and are older than `older_than`,
         which must be longer than the longest attempt. The folders that were deleted.
         """
-        known = set(self._metadata(table))
+        known = set(self._metadata(table)) | set(map(_attempt_of, self._files(table).values()))
         limit = time.time() - older_than.total_seconds()
         orphans = [
             folder

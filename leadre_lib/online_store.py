@@ -54,7 +54,9 @@ class OnlineStore:
         if not self.path.exists():
             return None
         with closing(sqlite3.connect(self.path)) as db:
-            row = db.execute("SELECT ds FROM served").fetchone()
+            # A first publish that was killed leaves a file without tables.
+            tables = db.execute("SELECT name FROM sqlite_master WHERE name = 'served'").fetchall()
+            row = db.execute("SELECT ds FROM served").fetchone() if tables else None
         return dt.date.fromisoformat(row[0]) if row else None
 
     def candidates(self, user_id: str) -> list[dict[str, Any]]:
@@ -63,7 +65,7 @@ class OnlineStore:
         Raises:
             LeadreError: nothing was published yet.
         """
-        if not self.path.exists():
+        if self.served() is None:
             raise LeadreError(f"{self.path}: no online store yet: run the daily chain first")
         with closing(sqlite3.connect(self.path)) as db:
             rows = db.execute(

@@ -226,10 +226,6 @@ class Releases:
         ordered = sorted(entries, key=lambda e: (e.ds, e.sequence))
         write_json(self.root / "champion.json", [asdict(entry) for entry in ordered])
 
-    def is_newest(self, ds: dt.date) -> bool:
-        """Whether no later day has a champion: only then may `ds` change what is served."""
-        return all(entry.ds <= ds.isoformat() for entry in self.history())
-
 
 def environment_versions() -> dict[str, str]:
     """Versions of what shapes a model, for the manifest."""

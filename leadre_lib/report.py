@@ -199,7 +199,7 @@ code { background: #f1f4f6; padding: 0 .25rem; }
 <p class="muted">engine {{ settings.engine }}, profile {{ settings.profile }};
 champion of today: {{ champion.release if champion else "none yet" }};
 <a href="{{ data_docs }}">Data Docs</a></p>
-{% if facts.promote %}
+{% if facts.promote and facts.promote.release is defined %}
 <p>Release <code>{{ facts.promote.release }}</code>
 {{ "was promoted" if facts.promote.promoted else "was not promoted" }}:
 {{ facts.promote.reason }}.</p>

@@ -413,12 +413,6 @@ def _cumcount(group: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return np.arange(len(group)) - np.repeat(starts, np.diff(starts, append=len(group)))
 
 
-def sid_tokens(sizes: Sequence[int]) -> list[str]:
-    """All tokens of IDs with these codes a level, level by level: `<a_0>`, `<a_1>`, …"""
-    letters = string.ascii_lowercase[: len(sizes)]
-    return [f"<{a}_{c}>" for a, size in zip(letters, sizes, strict=True) for c in range(size)]
-
-
 def format_sid(codes: Codes) -> list[str]:
     """Codes int [n, tokens] → `<a_12><b_6>…`, one string a row."""
     columns = [

@@ -64,7 +64,6 @@ class QualitySettings(Section):
     max_collision_rate: Fraction = Field(0.2, ge=0, le=1)
     volume_ratio: float = Field(3.0, gt=1)
     max_score_drift: float = Field(2.0, gt=0, description="nats, of the mean candidate score")
-    dedupe_days: int = Field(3, ge=0, description="earlier days searched for repeated event ids")
 
 
 class InterestSettings(Section):

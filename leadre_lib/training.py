@@ -43,6 +43,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from leadre_lib import model as models
 from leadre_lib.errors import LeadreError
+from leadre_lib.facts import write_json
 from leadre_lib.settings import REPOSITORY, Settings, TrainingSettings
 
 log = logging.getLogger(__name__)
@@ -530,10 +531,3 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write the file whole or not at all."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    staged.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    staged.replace(path)

@@ -24,8 +24,9 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from leadre_lib import model as models
+from leadre_lib.facts import write_json
 from leadre_lib.settings import DpoSettings, TrainingSettings
-from leadre_lib.training import deepspeed_config, is_alive, read_json, seal_checkpoint, write_json
+from leadre_lib.training import deepspeed_config, is_alive, read_json, seal_checkpoint
 
 log = logging.getLogger(__name__)
 

@@ -50,3 +50,13 @@ def test_a_failed_replacement_leaves_the_old_day(tmp_path: Path) -> None:
         store.replace(rows("candidates", twice), DAY + dt.timedelta(days=1))
     assert [c["ad_id"] for c in store.candidates("u1")] == ["a1"]
     assert store.served() == DAY
+
+
+def test_a_first_publish_that_was_killed_is_no_store_yet(tmp_path: Path) -> None:
+    store = OnlineStore(tmp_path / "online.sqlite")
+    store.path.touch()
+    assert store.served() is None
+    with pytest.raises(LeadreError, match="no online store yet"):
+        store.candidates("u1")
+    store.replace(rows("candidates", candidates("u1", "a1")), DAY)
+    assert store.served() == DAY

@@ -17,7 +17,6 @@ from leadre_lib.semantic_ids import (
     code_usage,
     format_sid,
     parse_sid,
-    sid_tokens,
     train_codebook,
 )
 from leadre_lib.settings import SemanticIdSettings
@@ -203,7 +202,6 @@ def test_written_ids() -> None:
     written = format_sid(codes)
     assert written == ["<a_12><b_6><c_22><d_0>", "<a_0><b_1><c_2><d_3>"]
     assert [parse_sid(sid) for sid in written] == [(12, 6, 22, 0), (0, 1, 2, 3)]
-    assert sid_tokens([2, 1]) == ["<a_0>", "<a_1>", "<b_0>"]
 
 
 @pytest.mark.parametrize("text", ["", "<a_1", "<b_1>", "<a_1><c_2>", "<a_1> <b_2>", "<a_01>", "x"])
