@@ -27,7 +27,7 @@ export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run test lint format airflow lock clean clean-state java
+.PHONY: help setup run test bench-decode lint format airflow lock clean clean-state java
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ run: setup ## the daily chain over a few days, through Airflow; ends with a tabl
 
 test: setup java ## all tests
 	$(BIN)/python -m pytest
+
+bench-decode: setup ## users a second of the decoder against two baselines
+	$(BIN)/python -m benchmarks.decode $(if $(JSON),--json "$(JSON)")
 
 lint: setup ## check style, format and types
 	$(BIN)/ruff check $(CODE)

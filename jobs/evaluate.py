@@ -43,7 +43,8 @@ def _models(settings: Settings, ds: dt.date) -> dict[str, Path]:
 def _past(settings: Settings, lake: Lake, ds: dt.date) -> pa.Table:
     first = ds - dt.timedelta(days=settings.interests.window_days)
     days = [day for day in lake.days("behaviours") if first <= day < ds]
-    return pa.concat_tables([lake.read("behaviours", day, BEHAVIOUR_COLUMNS) for day in days])
+    past = pa.concat_tables([lake.read("behaviours", day, BEHAVIOUR_COLUMNS) for day in days])
+    return past.sort_by([(name, "ascending") for name in BEHAVIOUR_COLUMNS])
 
 
 def _measure(
@@ -57,7 +58,8 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     """Validation first, verdict, then the test table."""
     ds, lake = args.ds, Lake(settings.lake)
     models = _models(settings, ds)
-    examples = lake.read("eval_examples", ds)
+    # In an order of their own: sums of floats depend on it, and files come in any.
+    examples = lake.read("eval_examples", ds).sort_by("case_id")
     ads = catalogue(lake.read("ads", ds), lake.read("ad_semantic_ids", ds), ds)
     sizes = sid_sizes(Codebook.load(settings.codebooks / ads.codebook).sizes, settings)
     splits = {

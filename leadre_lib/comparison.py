@@ -149,6 +149,6 @@ def metric_rows(
 ) -> list[dict[str, Any]]:
     """Metrics as rows of the contract `metrics`."""
     return [
-        {"method": method, "split": split, "metric": name, "value": value, "cases": cases}
+        {"method": method, "split": split, "metric": name, "value": round(value, 9), "cases": cases}
         for name, value in sorted(metrics.items())
     ]

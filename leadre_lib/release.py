@@ -141,7 +141,9 @@ class Releases:
                 else:
                     shutil.copy2(source, target)
             files = _listing(staged)
-            content = json.dumps([files, manifest.get("versions", {})], sort_keys=True)
+            # Not the version of the code: the same content is the same release.
+            codebook = manifest.get("versions", {}).get("codebook")
+            content = json.dumps([files, codebook], sort_keys=True)
             release_id = f"{ds}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
             whole = {"format": FORMAT, "id": release_id, "ds": str(ds), "files": files, **manifest}
             write_json(staged / MANIFEST, whole)
