@@ -47,7 +47,8 @@ $(STAMP): requirements.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet -r requirements.txt
 	@rm -rf "$(TORCH_EXTENSIONS_DIR)"
-	@PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu $(BIN)/python -c \
+# By its whole path, as the ranks are started: another path is another command, and built again.
+	@PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu "$(CURDIR)/$(BIN)/python" -c \
 	  'from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder as B; B().load(verbose=False)' >/dev/null
 	@touch $@
 
