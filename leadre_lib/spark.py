@@ -28,6 +28,14 @@ from leadre_lib.lake import Attempt, Lake, LakeError, Partition
 from leadre_lib.settings import REPOSITORY, Settings
 
 JAVA_VERSIONS = (17, 21)
+# What a Spark Connect session, such as Sail's, leaves in the environment of its process and of what
+# that process starts; with it, PySpark refuses to start Apache Spark.
+CONNECT_VARIABLES = (
+    "SPARK_REMOTE",
+    "SPARK_LOCAL_REMOTE",
+    "SPARK_CONNECT_MODE_ENABLED",
+    "SPARK_API_MODE",
+)
 CONF = {
     "spark.sql.session.timeZone": "UTC",
     "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
@@ -77,6 +85,8 @@ def session(settings: Settings) -> Iterator[SparkSession]:
 
 def _spark(settings: Settings) -> SparkSession:
     check_java()
+    for name in CONNECT_VARIABLES:
+        os.environ.pop(name, None)
     # Workers must run this very Python, with this library on their path.
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     os.environ["PYTHONPATH"] = os.pathsep.join(
