@@ -206,7 +206,7 @@ class Chain:
             self._show_log(run_id, task)
         if state == "success":
             self.durations.setdefault(ds.isoformat(), {})[name] = round(task["duration"], 1)
-            # Written at once, so that the report of the day shows the tasks before it.
+            # Written at once, so that an interrupted run keeps what it has.
             partial = self.durations_path.with_suffix(".tmp")
             partial.write_text(json.dumps(self.durations, indent=1))
             os.replace(partial, self.durations_path)
