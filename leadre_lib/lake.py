@@ -349,6 +349,28 @@ class Lake:
         now = dt.datetime.now(dt.UTC).strftime("%Y%m%dT%H%M%S")
         return Attempt(self, load_contract(table), ds, base, f"{now}-{uuid.uuid4().hex[:12]}")
 
+    def _ensure_table(self, contract: Contract) -> DeltaSchema:
+        """Make the table unless it is there; its schema.
+
+        Of several who make it at once one does, and the others' errors say no more than that.
+        """
+        schema = DeltaSchema.from_arrow(contract.arrow_schema(partition=True))
+        folder = str(self.folder(contract.table))
+        try:
+            DeltaTable.create(
+                folder,
+                schema,
+                mode="ignore",
+                partition_by=[PARTITION],
+                configuration={"delta.logRetentionDuration": "interval 3650 days"},
+            )
+        except DeltaError as error:
+            if not DeltaTable.is_deltatable(folder):
+                raise LakeError(
+                    f"table {contract.table}: cannot be made in {folder}: {error}"
+                ) from None
+        return schema
+
     def replace(
         self,
         contract: Contract,
@@ -362,15 +384,8 @@ class Lake:
         delta-rs with its default retries lets two first writes of one day both land, and lets
         writes of two days fail; so nothing is retried there, and the reason is looked at here.
         """
-        schema = DeltaSchema.from_arrow(contract.arrow_schema(partition=True))
         table = contract.table
-        DeltaTable.create(
-            str(self.folder(table)),
-            schema,
-            mode="ignore",
-            partition_by=[PARTITION],
-            configuration={"delta.logRetentionDuration": "interval 3650 days"},
-        )
+        schema = self._ensure_table(contract)
         actions: list[AddAction | RemoveAction] = [
             _add_action(self.folder(table), path, ds) for path in files
         ]
