@@ -49,6 +49,9 @@ with daily_dag("leadre_daily", settings, DOC, ("leadre", "daily", "ads", "traini
     interests = job_task(
         "interests", settings, "Long-term and short-term interests, and the prompt of every user."
     )
+    synthetic_histories = job_task(
+        "synthetic_histories", settings, "Made-up histories from ad to similar ad, by text."
+    )
     examples = job_task(
         "examples", settings, "SFT examples, preference pairs and the cases to evaluate on."
     )
@@ -105,7 +108,8 @@ with daily_dag("leadre_daily", settings, DOC, ("leadre", "daily", "ads", "traini
     def watcher() -> None:
         raise AirflowFailException("a task of this run failed; its own log says why")
 
-    wait_for_raw >> gate_raw >> curate >> semantic_ids >> interests >> examples >> sft >> dpo
+    wait_for_raw >> gate_raw >> curate >> semantic_ids >> [interests, synthetic_histories]
+    [interests, synthetic_histories] >> examples >> sft >> dpo
     dpo >> evaluate >> release >> promote >> training_done
     [interests, training_done] >> infer >> publish >> report
     list(dag.tasks) >> watcher()

@@ -1,6 +1,7 @@
 """Training and evaluation examples of a day.
 
-`sft_examples` and `preference_pairs` come from behaviours in the partitions before the day,
+`sft_examples` (with the day's synthetic histories) and `preference_pairs` come from behaviours in
+the partitions before the day,
 `eval_examples` from the conversions of the day itself. On the first day there is nothing before it,
 and the training tables stay empty.
 """
@@ -12,7 +13,12 @@ import datetime as dt
 
 from jobs.command import main, parser
 from leadre_lib import facts
-from leadre_lib.alignment import eval_examples, preference_pairs, sft_examples
+from leadre_lib.alignment import (
+    eval_examples,
+    preference_pairs,
+    sft_examples,
+    synthetic_examples,
+)
 from leadre_lib.contracts import load_contract
 from leadre_lib.lake import Lake
 from leadre_lib.quality import publish
@@ -36,7 +42,10 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
             past = read(spark, lake, "behaviours", before)
             # A profile is looked up in the newest snapshot, which is what the model will be asked
             # with; it holds no behaviour and so no future.
-            examples = sft_examples(past, users, ads, ids, *options, seed)
+            histories = read(spark, lake, "synthetic_histories", [ds])
+            examples = sft_examples(past, users, ads, ids, *options, seed).unionAll(
+                synthetic_examples(histories, users, ads, ids, ds, settings.interests)
+            )
             pairs = preference_pairs(past, users, ids, *options, seed)
             known = past.unionAll(arrived)
             cases = eval_examples(known, arrived, users, ids, ds, *options, seed)

@@ -164,6 +164,59 @@ def text_tasks(ads: DataFrame, semantic_ids: DataFrame) -> DataFrame:
     return to_sid.unionAll(to_text)
 
 
+def synthetic_examples(
+    histories: DataFrame,
+    users: DataFrame,
+    ads: DataFrame,
+    semantic_ids: DataFrame,
+    ds: dt.date,
+    window: InterestSettings,
+) -> DataFrame:
+    """Synthetic histories as <Prompt, Response> rows: of somebody unknown, who converted on an ad a
+    day up to the day before `ds`, and to whom the last ad of the history comes next.
+
+    Args:
+        histories: rows of the table `synthetic_histories`.
+        users, ads, semantic_ids: as `sft_examples` takes them.
+
+    Returns:
+        The columns of the contract `sft_examples`.
+    """
+    steps = histories.withColumn(
+        "before", F.max("step").over(Window.partitionBy("history_id")) - F.col("step")
+    )
+    midnight = start_of(ds)
+    behaviours = steps.where("before > 0").join(ads.select("ad_id", "title", "category"), "ad_id")
+    behaviours = behaviours.select(
+        F.concat_ws("-", "history_id", F.col("step").cast("string")).alias("event_id"),
+        F.col("history_id").alias("user_id"),
+        F.lit("ad").alias("domain"),
+        F.lit("conversion").alias("event_type"),
+        F.col("ad_id").alias("item_id"),
+        "title",
+        "category",
+        F.timestamp_seconds(F.unix_seconds(midnight) - F.col("before") * 86400).alias("event_time"),
+    )
+    requests = steps.where("before = 0").select(
+        F.col("history_id").alias("request_id"),
+        F.col("history_id").alias("user_id"),
+        "ad_id",
+        midnight.alias("cutoff"),
+    )
+    told = prompts(interests(requests, behaviours, window), users, semantic_ids)
+    return told.join(semantic_ids, "ad_id").select(
+        F.concat(F.lit("synthetic_next_ad:"), F.col("request_id")).alias("example_id"),
+        F.lit("synthetic_next_ad").alias("task"),
+        "prompt",
+        F.col("semantic_id").alias("response"),
+        F.lit(1.0).alias("weight"),
+        F.lit(None).cast("string").alias("user_id"),
+        "ad_id",
+        F.lit(None).cast("timestamp").alias("target_time"),
+        "codebook",
+    )
+
+
 def preference_pairs(
     behaviours: DataFrame,
     users: DataFrame,

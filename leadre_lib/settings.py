@@ -84,6 +84,10 @@ class ExampleSettings(Section):
     click_weight: float = Field(0.5, ge=0)
     min_behaviours: int = Field(1, ge=0)
     titles_to_sid_fraction: Fraction = Field(0.05, ge=0, le=1)
+    synthetic_per_ad: int = Field(3, ge=0, description="walks from ad to similar ad; 0: none")
+    synthetic_steps: PositiveInt = 8
+    synthetic_neighbours: PositiveInt = 10
+    max_synthetic_examples: PositiveInt = 3000
     pairs_per_user: int = Field(3, ge=0)
     min_ecpm_ratio: float = Field(1.1, ge=1)
     max_preference_pairs: PositiveInt = 600

@@ -34,6 +34,7 @@ FLOORS: list[set[str]] = [
         "generation",
         "inference",
         "retrieval",
+        "synthetic",
         "indexes",
         "evaluation",
         "comparison",

@@ -141,3 +141,14 @@ def assign_ids(lake: Lake, ds: dt.date) -> None:
     with lake.begin("ad_semantic_ids", ds) as attempt:
         attempt.write(rows("ad_semantic_ids", records))
         attempt.commit()
+
+
+def land_histories(lake: Lake, ds: dt.date) -> None:
+    """Publish one synthetic history: the ads a1 and a2, and a3 as the target."""
+    records = [
+        {"history_id": "synthetic-0", "step": step, "ad_id": ad_id}
+        for step, ad_id in enumerate(("a1", "a2", "a3"), 1)
+    ]
+    with lake.begin("synthetic_histories", ds) as attempt:
+        attempt.write(rows("synthetic_histories", records))
+        attempt.commit()

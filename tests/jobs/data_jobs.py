@@ -13,7 +13,7 @@ from jobs import curate, examples, gate_raw, interests
 from leadre_lib.contracts import RAW_TABLES, tables
 from leadre_lib.lake import Lake
 from leadre_lib.settings import load_settings
-from tests.worlds import DAY0, DAY1, assign_ids, land
+from tests.worlds import DAY0, DAY1, assign_ids, land, land_histories
 
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__)
@@ -29,6 +29,7 @@ if __name__ == "__main__":
         assign_ids(lake, ds)
         gate_raw.run(argparse.Namespace(ds=ds), settings)
         curate.run(argparse.Namespace(ds=ds), settings)
+    land_histories(lake, DAY1)
     for job in (interests, examples):
         job.run(argparse.Namespace(ds=DAY1), settings)
     made = [name for name in tables() if name not in RAW_TABLES]

@@ -32,6 +32,7 @@ def test_equal_rows_on_both_engines(tmp_path: Path) -> None:
     sail, spark = (digests(engine, tmp_path / engine) for engine in ("sail", "spark"))
     expected = {"ads", "behaviours", "eval_examples", "preference_pairs", "quarantine"}
     expected |= {"sft_examples", "user_interests", "user_prompts", "users", "ad_semantic_ids"}
+    expected |= {"synthetic_histories"}
     assert set(sail) == expected
     assert sail == spark
 

@@ -12,7 +12,12 @@ import pytest
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from leadre_lib.alignment import eval_examples, preference_pairs, sft_examples
+from leadre_lib.alignment import (
+    eval_examples,
+    preference_pairs,
+    sft_examples,
+    synthetic_examples,
+)
 from leadre_lib.contracts import load_contract
 from leadre_lib.curation import curate_events
 from leadre_lib.interests import interests
@@ -216,3 +221,28 @@ def test_draws_do_not_depend_on_order_or_partitions(spark: SparkSession) -> None
     assert 0 <= min(values) < 0.05
     assert 0.95 < max(values) < 1
     assert sum(values) / 1000 == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_synthetic_history_is_somebody_unknown_with_an_ad_a_day(spark: SparkSession) -> None:
+    steps = [
+        {"history_id": "h", "step": step, "ad_id": ad}
+        for step, ad in enumerate(("a1", "a2", "a3"), 1)
+    ]
+    made = synthetic_examples(
+        frame(spark, "synthetic_histories", steps),
+        frame(spark, "raw_users", USERS),
+        frame(spark, "raw_ads", ADS),
+        ids(spark),
+        DAY1,
+        WINDOW,
+    )
+    assert sorted(made.columns) == sorted(load_contract("sft_examples").columns)
+    (row,) = made.collect()
+    assert (row["task"], row["response"], row["user_id"]) == (
+        "synthetic_next_ad",
+        "<a_2><b_0>",
+        None,
+    )
+    assert "2*conversion*<a_0><b_0>; 1*conversion*<a_1><b_0>." in row["prompt"]
+    assert "The user" not in row["prompt"]
+    assert "Long-term interests: home/kitchen*1, sports/running*1." in row["prompt"]

@@ -1,0 +1,38 @@
+"""Make up histories that walk from ad to similar ad, by the text of the ads active on the day.
+
+They become examples of the task `synthetic_next_ad`. With `examples.synthetic_per_ad = 0` there are
+none.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import pyarrow.compute as pc
+
+from jobs.command import main, parser
+from leadre_lib.catalogue import catalogue
+from leadre_lib.embeddings import embed
+from leadre_lib.lake import Lake
+from leadre_lib.quality import publish
+from leadre_lib.settings import Settings
+from leadre_lib.spark import session
+from leadre_lib.synthetic import synthetic_histories
+
+
+def run(args: argparse.Namespace, settings: Settings) -> None:
+    """Embed (the vectors are in the cache), walk, publish."""
+    ds, lake = args.ds, Lake(settings.lake)
+    ads = catalogue(lake.read("ads", ds), lake.read("ad_semantic_ids", ds), ds)
+    active = ads.active_rows()
+    vectors = embed(ads.texts(), settings.embedding, settings.cache)[active]
+    made = synthetic_histories(
+        vectors, ads.ids.take(active), settings.examples, settings.seed + ds.toordinal()
+    )
+    with session(settings) as spark:
+        publish(spark, settings, lake, "synthetic_histories", ds, made)
+    print(f"{pc.count_distinct(made['history_id']).as_py()} synthetic histories")
+
+
+if __name__ == "__main__":
+    main(run, parser(__doc__), "synthetic_histories")
