@@ -4,7 +4,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/set-up
-CODE := leadre_lib jobs dags tests
+CODE := leadre_lib jobs dags tests benchmarks
 
 # What a user says on the command line, as the settings that it stands for.
 ifdef SOURCE

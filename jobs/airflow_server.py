@@ -365,9 +365,9 @@ def _free_port(wanted: int | None) -> int:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((LOOPBACK, wanted or 0))
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             raise LeadreError(
-                f"port {wanted} on {LOOPBACK} is in use ({error.strerror}):"
+                f"port {wanted} on {LOOPBACK} is in use or cannot be had ({error}):"
                 " give another, as PORT=8090"
             ) from None
         return int(probe.getsockname()[1])

@@ -81,6 +81,8 @@ def main(
         sys.exit(EXIT_NOTHING_TO_DO)
     except LeadreError as error:
         print(f"error: {error}", file=sys.stderr)
+        if job:
+            facts.record(settings, args.ds, job, failure=str(error))
         sys.exit(1)
     if job:
         facts.record_run(settings, args.ds, job, time.monotonic() - began)

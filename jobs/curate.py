@@ -22,7 +22,7 @@ from leadre_lib.spark import read, session
 def run(args: argparse.Namespace, settings: Settings) -> None:
     """Judge the events first, then publish the four curated tables."""
     ds, lake, limits = args.ds, Lake(settings.lake), settings.quality
-    with session(settings) as spark:
+    with session(settings, lake) as spark:
         users = read(spark, lake, "raw_users", [ds])
         ads = read(spark, lake, "raw_ads", [ds])
         # As far back as any example looks: there an event id must be unique.

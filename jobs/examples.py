@@ -31,7 +31,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     ds, lake, seed = args.ds, Lake(settings.lake), settings.seed
     first = ds - dt.timedelta(days=settings.interests.window_days)
     before = [day for day in lake.days("behaviours") if first <= day < ds]
-    with session(settings) as spark:
+    with session(settings, lake) as spark:
         arrived = read(spark, lake, "behaviours", [ds])
         users = read(spark, lake, "users", [ds])
         ads = read(spark, lake, "ads", [ds])

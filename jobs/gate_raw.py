@@ -17,10 +17,11 @@ from leadre_lib.spark import read, session
 
 def run(args: argparse.Namespace, settings: Settings) -> None:
     """Check all raw tables before giving a verdict, so that one look shows everything."""
+    facts.forget_day(settings, args.ds)  # the report tells of this run of the day alone
     lake = Lake(settings.lake)
     rows = {table: lake.use(table, args.ds).rows for table in RAW_TABLES}
     outcomes = []
-    with session(settings) as spark:
+    with session(settings, lake) as spark:
         for table in RAW_TABLES:
             checks = load_contract(table).checks()
             frame = read(spark, lake, table, [args.ds])

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     ds, lake = args.ds, Lake(settings.lake)
     first = ds - dt.timedelta(days=settings.interests.window_days)
     days = [day for day in lake.days("behaviours") if first <= day <= ds]
-    with session(settings) as spark:
+    with session(settings, lake) as spark:
         behaviours = read(spark, lake, "behaviours", days)
         users = read(spark, lake, "users", [ds])
         cutoff = start_of(ds + dt.timedelta(days=1))

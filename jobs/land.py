@@ -14,7 +14,6 @@ import datetime as dt
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from jobs.command import main, parser
@@ -30,18 +29,38 @@ def _from_folder(folder: Path) -> dict[str, pa.Table]:
         found = [path for path in (folder / f"{name}.parquet", folder / name) if path.exists()]
         if not found:
             raise LeadreError(f"{folder}: neither {name}.parquet nor a folder {name} is there")
-        try:
-            tables[name] = pads.dataset(str(found[0]), format="parquet").to_table()
-        except (pa.ArrowInvalid, OSError) as error:
-            raise LeadreError(f"{found[0]}: cannot be read as parquet: {error}") from None
+        tables[name] = pa.concat_tables(_read(path) for path in _parquet_files(found[0]))
     return tables
 
 
+def _parquet_files(path: Path) -> list[Path]:
+    """The file, or those of the folder, all of one schema."""
+    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    if not files:
+        raise LeadreError(f"{path}: no parquet files are in this folder")
+    schemas = [_read(file, schema_only=True).schema for file in files]
+    for file, schema in zip(files, schemas, strict=True):
+        if not schema.equals(schemas[0]):
+            raise LeadreError(f"{file}: other columns or types than {files[0]}: make them the same")
+    return files
+
+
+def _read(path: Path, schema_only: bool = False) -> pa.Table:
+    try:
+        if schema_only:
+            return pq.read_schema(path).remove_metadata().empty_table()
+        # Not as a data set: folders such as ds=2026-03-02 are no columns.
+        return pq.ParquetFile(path).read().replace_schema_metadata(None)
+    except (pa.ArrowException, OSError) as error:
+        raise LeadreError(f"{path}: cannot be read as parquet: {error}") from None
+
+
 def _from_source(settings: Settings, ds: dt.date) -> dict[str, pa.Table]:
-    from leadre_lib.sources import open_source
+    from leadre_lib.sources import claim_state, open_source
     from leadre_lib.sources.simulator import Simulator
 
     source = open_source(settings)
+    claim_state(source, settings)
     day = source.raw_day(ds)
     if isinstance(source, Simulator):
         truth = settings.state / "truth" / f"{ds}.parquet"

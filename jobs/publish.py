@@ -51,11 +51,13 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     )
     before = [day for day in lake.days("candidates") if day < ds]
     earlier = lake.read("candidates", before[-1], ["score"])["score"] if before else None
-    with lake.begin("candidates", ds) as attempt, session(settings) as spark:
+    with lake.begin("candidates", ds) as attempt, session(settings, lake) as spark:
         attempt.folder.mkdir(parents=True)
         for number, part in enumerate(parts):
             shutil.copy2(part, attempt.folder / f"part-{number:05d}.parquet")
-        rows = pads.dataset([str(path) for path in attempt.files]).to_table()
+        rows = pads.dataset(
+            [str(path) for path in attempt.files], schema=attempt.contract.arrow_schema()
+        ).to_table()
         gate(candidate_outcomes(rows, ads, active_users, earlier, settings.quality))
         audit(spark, settings, attempt)
         published = attempt.commit()

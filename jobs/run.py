@@ -31,6 +31,7 @@ from jobs.airflow_server import AirflowServer, interrupt_on_signals, memory_by_t
 from jobs.command import main, parser
 from leadre_lib.contracts import RAW_TABLES, tables
 from leadre_lib.errors import LeadreError
+from leadre_lib.facts import write_json
 from leadre_lib.lake import Lake
 from leadre_lib.release import Releases
 from leadre_lib.settings import Settings
@@ -57,9 +58,10 @@ def days_to_run(settings: Settings, days: int) -> list[dt.date]:
                 f"source lake: no day of {RAW_TABLES[0]} in {settings.lake}: land the raw tables"
             )
         return sorted(found)[: days + 1]
-    from leadre_lib.sources import open_source
+    from leadre_lib.sources import claim_state, open_source
 
     source = open_source(settings)
+    claim_state(source, settings)
     first, last = source.first_ds(), source.last_ds()
     count = days if last is None else min(days, (last - first).days)
     return [first + dt.timedelta(days=n) for n in range(count + 1)]
@@ -96,6 +98,19 @@ def stale_inputs(settings: Settings, ds: dt.date) -> list[str]:
         if used and (entry is None or entry.release != used):
             changed.append(f"the champion before {before}")
     return changed
+
+
+def other_settings(settings: Settings, ds: dt.date) -> list[str]:
+    """The sections of the settings that differ from those with which the day was last run."""
+    path = settings.state / "settings" / f"{ds}.json"
+    if not path.exists():
+        return []
+    before, now = json.loads(path.read_text("utf-8")), _what_counts(settings)
+    return sorted(name for name in now if now[name] != before.get(name))
+
+
+def _what_counts(settings: Settings) -> dict[str, Any]:
+    return settings.model_dump(mode="json", exclude={"home", "data", "chain"})
 
 
 class Chain:
@@ -146,10 +161,13 @@ class Chain:
             path = f"/dags/{DAG}/dagRuns/{run['dag_run_id']}"
             self.server.call("PATCH", path, json={"state": "failed"})
         elif run and run["state"] == "success" and not force:
-            console.print(f"{ds}  already done (FORCE=1 redoes it)")
+            other = other_settings(self.settings, ds)
+            hint = f"with other settings ({', '.join(other)}) " if other else ""
+            console.print(f"{ds}  already done {hint}(FORCE=1 redoes it)", markup=False)
             return True
         if force:
             shutil.rmtree(self.settings.work(ds), ignore_errors=True)
+        write_json(self.settings.state / "settings" / f"{ds}.json", _what_counts(self.settings))
         day = f"{ds}T00:00:00Z"
         body = {
             "dag_id": DAG,
@@ -203,7 +221,8 @@ class Chain:
         seen[name] = now
         show(ds, name, state, task["duration"] if state in TIMED else None)
         if state in {"failed", "up_for_retry"}:
-            self._show_log(run_id, task)
+            # An error is shown whole once, when it is final.
+            self._show_log(run_id, task, LOG_LINES if state == "failed" else 4)
         if state == "success":
             self.durations.setdefault(ds.isoformat(), {})[name] = round(task["duration"], 1)
             # Written at once, so that an interrupted run keeps what it has.
@@ -211,7 +230,7 @@ class Chain:
             partial.write_text(json.dumps(self.durations, indent=1))
             os.replace(partial, self.durations_path)
 
-    def _show_log(self, run_id: str, task: dict[str, Any]) -> None:
+    def _show_log(self, run_id: str, task: dict[str, Any], lines: int) -> None:
         index = [f"map_index={task['map_index']}"] if task["map_index"] >= 0 else []
         folder = Path(
             self.server.home,
@@ -224,7 +243,7 @@ class Chain:
         path = folder / f"attempt={task['try_number']}.log"
         if not path.exists():
             return
-        for line in log_events(path)[-LOG_LINES:]:
+        for line in log_events(path)[-lines:]:
             console.print(f"    {line}", markup=False)
         console.print(f"    full log: {path}", markup=False)
 
@@ -331,6 +350,8 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
         check_java()
     if args.json is not None and not args.json.resolve().parent.is_dir():
         raise LeadreError(f"--json {args.json}: no folder {args.json.resolve().parent}")
+    if args.json is not None and args.json.is_dir():
+        raise LeadreError(f"--json {args.json}: is a folder, not a file")
     interrupt_on_signals()
     days = days_to_run(settings, args.days)
     console.print(

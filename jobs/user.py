@@ -45,7 +45,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     console.print(prompts["prompt"][0].as_py(), markup=False, highlight=False)
     table = Table("rank", "score", "ad", "Semantic ID", "title", "category")
     for row in rows:
-        ad = named[row["ad_id"]]
+        ad = named.get(row["ad_id"], {"title": "(no longer among the ads)", "category": ""})
         cells = [str(row["rank"]), f"{row['score']:.3f}", row["ad_id"], row["semantic_id"]]
         table.add_row(*cells, ad["title"], ad["category"])
     release = rows[0]["release"] if rows else "none"

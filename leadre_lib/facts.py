@@ -44,6 +44,12 @@ def forget(settings: Settings, ds: dt.date, job: str) -> None:
     remove(settings.reports(ds) / "facts" / f"{job}.json")
 
 
+def forget_day(settings: Settings, ds: dt.date) -> None:
+    """Drop what all jobs of the day had recorded: the day begins anew."""
+    for folder in ("facts", "runs"):
+        remove(settings.reports(ds) / folder)
+
+
 def record_run(settings: Settings, ds: dt.date, job: str, seconds: float) -> None:
     """Keep how long this process took and the most memory that it or a child of it held."""
     usage = (resource.getrusage(who).ru_maxrss for who in _PROCESSES)

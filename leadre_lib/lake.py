@@ -121,6 +121,35 @@ def _plain(type_: pa.DataType) -> str:
     return str(type_)
 
 
+def _converted(column: pa.ChunkedArray, field: pa.Field, table: str) -> pa.ChunkedArray:
+    """A column as the contract's type, where that loses and guesses nothing.
+
+    Other widths, units and encodings of the same kind convert. A number is no text, a text no
+    number, and a time without a zone is no moment.
+    """
+    have, want = column.type, field.type
+    text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    kinds = (text, (pa.types.is_integer,), (pa.types.is_floating,))
+    zoned = pa.types.is_timestamp(have) and have.tz is not None and pa.types.is_timestamp(want)
+    value = have.value_type if pa.types.is_dictionary(have) else have
+    alike = any(
+        any(of_kind(value) for of_kind in kind) and any(of_kind(want) for of_kind in kind)
+        for kind in kinds
+    )
+    same = _plain(have) == _plain(want) or pa.types.is_nested(want)
+    reason = ""
+    if alike or zoned or same or pa.types.is_null(have):
+        try:
+            return column.cast(want)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            reason = f" ({error})"
+    zone = "; say in which zone these times are" if pa.types.is_timestamp(have) else ""
+    raise LakeError(
+        f"table {table}: column {field.name!r} is {have}, but the contract says {want}"
+        f"{reason}{zone}"
+    )
+
+
 def rows_digest(table: pa.Table, contract: Contract) -> str:
     """SHA-256 of the rows whatever their order, the engine and the split into files.
 
@@ -181,10 +210,8 @@ class Attempt:
                 f"table {self.contract.table}: columns {table.column_names} are not the"
                 f" contract's {schema.names}"
             )
-        try:
-            table = table.select(schema.names).cast(schema)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise LakeError(f"table {self.contract.table}: {error}") from None
+        columns = [_converted(table[f.name], f, self.contract.table) for f in schema]
+        table = pa.table(columns, schema=schema)
         self.folder.mkdir(parents=True, exist_ok=True)
         pq.write_table(table, self.folder / f"part-{len(self.files):05d}.parquet")
 
@@ -436,6 +463,24 @@ class Lake:
         if old.attempt != base:
             self.replace(contract, ds, old.files, base, record)
         return self.partition(table, ds)
+
+    def check_reads(self) -> None:
+        """Read what has been read so far once more, whole, to find out which file is at fault.
+
+        Raises:
+            LakeError: a file is damaged; the message names it.
+        """
+        for name in self.reads:
+            table, at, day = name.partition("@")
+            for path in self.partition(table, dt.date.fromisoformat(day)).files if at else ():
+                _read_footer(path)
+                try:
+                    pq.read_table(path)
+                except (pa.ArrowException, OSError) as error:
+                    raise LakeError(
+                        f"{path}: corrupt parquet file ({error}); restore the partition or"
+                        f" publish it again"
+                    ) from None
 
     def changed_inputs(self, partition: Partition) -> list[str]:
         """The recorded inputs of a partition that are no longer what they were, such as

@@ -1,7 +1,9 @@
 """The intent-aware prompt (paper, section 3.1 and figure 2): five parts in one text.
 
-Role, profile, long-term interest, short-term interest, question. Native Spark columns only; a
-float never becomes text, because engines write floats differently.
+Role, profile, short-term interest, long-term interest, question. The paper has long-term interest
+before short-term; here it comes after, because it counts the very behaviours that the short-term
+sentence lists, and training has these as targets too: no target may follow what counts it.
+Native Spark columns only; a float never becomes text, because engines write floats differently.
 
 Knows nothing of tokens, tasks or models.
 """
@@ -105,7 +107,7 @@ def prompts(requests: DataFrame, users: DataFrame, semantic_ids: DataFrame) -> D
     )
 
     def text(short_term: str) -> Column:
-        parts = [F.lit(ROLE), F.col("profile"), long_term_sentence(), F.col(short_term)]
+        parts = [F.lit(ROLE), F.col("profile"), F.col(short_term), long_term_sentence()]
         return F.concat_ws("\n", *parts, F.lit(QUESTION))
 
     return (

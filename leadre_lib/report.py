@@ -206,6 +206,9 @@ champion of today: {{ champion.release if champion else "none yet" }};
 {% else %}
 <p>No model was trained on this day.</p>
 {% endif %}
+{% for job, fact in facts.items() if fact.failure is defined %}
+<p class="warn">{{ job }} failed: {{ fact.failure }}</p>
+{% endfor %}
 {% for job, fact in facts.items() if fact.skipped is defined %}
 <p class="warn">{{ job }} was skipped: {{ fact.skipped }}.</p>
 {% endfor %}

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import SettingsError as SourceError
 
 from leadre_lib.errors import LeadreError
 
@@ -235,7 +236,7 @@ class Settings(BaseSettings):
     source: Literal["simulator", "movielens", "amazon", "lake"] = "simulator"
     engine: Literal["sail", "spark"] = "sail"
     data: Path | None = None
-    seed: int = 20260302
+    seed: int = Field(20260302, ge=0)
 
     simulator: SimulatorSettings = SimulatorSettings()
     movielens: MovieLensSettings = MovieLensSettings()
@@ -256,7 +257,10 @@ class Settings(BaseSettings):
     @field_validator("home", "data")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
-        return None if value is None else (REPOSITORY / value.expanduser()).resolve()
+        try:
+            return None if value is None else (REPOSITORY / value.expanduser()).resolve()
+        except RuntimeError as error:  # the home of a user that does not exist
+            raise ValueError(str(error)) from None
 
     @property
     def state(self) -> Path:
@@ -372,6 +376,10 @@ def load_settings(**overrides: Any) -> Settings:
         values = _merge(values, _read_yaml(source_path))
     try:
         return Settings(**_merge(values, {**overrides, "profile": profile}))
+    except SourceError as error:
+        raise SettingsError(
+            f"bad environment variable: {error}; see leadre_lib/settings.py"
+        ) from None
     except ValidationError as error:
         lines = [
             f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}"

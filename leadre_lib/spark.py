@@ -59,8 +59,28 @@ def check_java() -> None:
 
 
 @contextlib.contextmanager
-def session(settings: Settings) -> Iterator[SparkSession]:
-    """A Spark session on the engine of the settings, stopped at the end."""
+def session(settings: Settings, lake: Lake | None = None) -> Iterator[SparkSession]:
+    """A Spark session on the engine of the settings, stopped at the end.
+
+    Engines do not say which file is damaged. So where one fails, what was read from `lake` is
+    looked at.
+
+    Raises:
+        LakeError: the work inside failed, and a file of `lake` is damaged.
+    """
+    with _engine(settings) as spark:
+        try:
+            yield spark
+        except LeadreError:
+            raise
+        except Exception:
+            if lake is not None:
+                lake.check_reads()
+            raise
+
+
+@contextlib.contextmanager
+def _engine(settings: Settings) -> Iterator[SparkSession]:
     spark = _spark(settings) if settings.engine == "spark" else None
     if spark is not None:
         yield spark

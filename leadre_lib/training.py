@@ -73,7 +73,7 @@ def prepare_sft(
     """Write what supervised fine-tuning reads, in `work/sft`; keep what is there if it is equal.
 
     Args:
-        examples: columns `prompt` and `response`; the loss is on the response alone.
+        examples: columns `prompt` and `response`; what the loss is on, `settings.sft.loss_on` says.
         work: the day's scratch folder.
         base_release: a folder whose `model/` training goes on from; its tokenizer is kept, and new
             tokens of `sid_vocab` are added. None: `settings.model.base`, or a model from scratch.

@@ -8,11 +8,13 @@ nothing of the lake that the tables are landed in.
 from __future__ import annotations
 
 import datetime as dt
-from typing import Protocol
+import json
+from typing import Any, Protocol
 
 import pyarrow as pa
 
 from leadre_lib.errors import LeadreError
+from leadre_lib.facts import write_json
 from leadre_lib.settings import Settings
 
 RawDay = dict[str, pa.Table]
@@ -25,11 +27,13 @@ class Source(Protocol):
         name: the source's name, as in `settings.source`.
         has_ecpm: False where no ad event has an eCPM, so that there is nothing to prefer by value.
         notes: sentences for the report: what is made up, how days are assigned.
+        made_from: all that the rows depend on, such as the seed, sizes and checksums of files.
     """
 
     name: str
     has_ecpm: bool
     notes: list[str]
+    made_from: dict[str, Any]
 
     def first_ds(self) -> dt.date:
         """The day of the initial load."""
@@ -55,6 +59,29 @@ def check_range(source: Source, ds: dt.date) -> None:
     if ds < first or (last is not None and ds > last):
         span = f"its days are {first} to {last}" if last else f"its first day is {first}"
         raise LeadreError(f"source {source.name} has no data for {ds}: {span}")
+
+
+def claim_state(source: Source, settings: Settings) -> None:
+    """Hold the state folder for rows of this source; days of two worlds never mix in one lake.
+
+    Raises:
+        LeadreError: the folder holds days that were made from something else.
+    """
+    path = settings.state / "made_from.json"
+    if not path.exists():
+        write_json(path, source.made_from)
+        return
+    before = json.loads(path.read_text("utf-8"))
+    changed = [
+        f"{name} was {before.get(name)}, now {value}"
+        for name, value in source.made_from.items()
+        if before.get(name) != value
+    ]
+    if changed:
+        raise LeadreError(
+            f"{settings.state} holds days made from other data or settings ({'; '.join(changed)}):"
+            " give another HOME_DIR, or set them back"
+        )
 
 
 def open_source(settings: Settings) -> Source:

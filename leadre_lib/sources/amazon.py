@@ -18,6 +18,7 @@ Knows nothing of how cases are evaluated.
 from __future__ import annotations
 
 import datetime as dt
+import hashlib
 import html
 import json
 import textwrap
@@ -63,10 +64,15 @@ class Amazon:
         known = self._items["ad_id"].combine_chunks()
         self._train = _read_train(settings.data / "train.csv", known)
         self._cases = {name: _read_cases(settings.data / f"{name}.csv", known) for name in SPLITS}
+        files = ("items.jsonl", "train.csv", *(f"{name}.csv" for name in SPLITS))
+        self.made_from = {
+            name: hashlib.sha256((settings.data / name).read_bytes()).hexdigest() for name in files
+        }
         counts = " and ".join(f"{len(rows)} {name}" for name, rows in self._cases.items())
         self.notes = [
             f"Amazon reviews: {FIRST_DS} holds train.csv, {self.last_ds()} the {counts} rows, each "
-            "as a user of its own with exactly its history; only train.csv is trained on.",
+            "as a user of its own with exactly its history. Of all histories, those of train.csv "
+            "alone are trained on, and synthetic ones that are made from the text of all items.",
             "Made up: all dates. Items keep their order, one a day, ending the day before the "
             "partition day.",
             "There are no profiles, dismissals, content events, eCPM or GMV.",

@@ -75,6 +75,7 @@ class MovieLens:
             self._items = _member(archive, "item")
             ratings = _member(archive, "inter")
         self._seed = settings.seed
+        self.made_from = {"seed": settings.seed, **settings.movielens.model_dump(mode="json")}
         self._ratings = _with_tail(ratings, settings.movielens.eval_last)
         latest = int(self._ratings["timestamp"].max())
         self._first = dt.datetime.fromtimestamp(latest, dt.UTC).date() + dt.timedelta(days=1)

@@ -92,6 +92,7 @@ class Simulator:
         self.sizes = settings.simulator
         self.seed = settings.seed
         self.world = World(settings.seed, settings.simulator)
+        self.made_from = {"seed": settings.seed, **settings.simulator.model_dump(mode="json")}
         self.notes = [
             "Everything is simulated: users, ads, content, prices and what users do; brands are "
             "invented.",

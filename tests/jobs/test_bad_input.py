@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -149,6 +150,80 @@ def test_ones_own_files_land_all_or_none(tmp_path: Path) -> None:
     args.force = True
     with pytest.raises(LeadreError, match=r"neither raw_ads\.parquet nor a folder raw_ads"):
         land.run(args, settings)
+
+
+def test_types_that_only_look_alike_are_refused(tmp_path: Path) -> None:
+    settings = load_settings(home=tmp_path / "home", source="lake")
+    folder = folder_of(tmp_path, DAY0)
+    args = argparse.Namespace(ds=DAY0, folder=folder, force=False)
+    path = folder / "raw_ad_events.parquet"
+    whole = pq.read_table(path)
+
+    def swap(name: str, column: Any) -> None:
+        pq.write_table(whole.set_column(whole.column_names.index(name), name, column), path)
+        with pytest.raises(LeadreError, match=f"raw_ad_events: column '{name}' is "):
+            land.run(args, settings)
+
+    swap("event_time", whole["event_time"].cast(pa.timestamp("us")))  # no zone
+    swap("ad_id", pa.array([1.0] * len(whole)))
+    swap("ecpm", whole["ad_id"])
+    # Other widths and encodings of the same kind are welcome.
+    columns = {name: whole[name] for name in whole.column_names}
+    columns["event_type"] = whole["event_type"].dictionary_encode()
+    columns["event_time"] = whole["event_time"].cast(pa.timestamp("ms", "Europe/Paris"))
+    pq.write_table(pa.table(columns), path)
+    land.run(args, settings)
+    landed = Lake(settings.lake).read("raw_ad_events", DAY0)
+    assert landed["event_time"].equals(whole["event_time"])
+
+
+def test_files_of_one_folder_must_be_alike(tmp_path: Path) -> None:
+    settings = load_settings(home=tmp_path / "home", source="lake")
+    folder = folder_of(tmp_path, DAY0)
+    parts = folder / "raw_users"
+    parts.mkdir()
+    whole = pq.read_table(folder / "raw_users.parquet")
+    (folder / "raw_users.parquet").unlink()
+    pq.write_table(whole, parts / "1.parquet")
+    pq.write_table(whole.append_column("colour", whole["user_id"]), parts / "2.parquet")
+    with pytest.raises(LeadreError, match=r"2\.parquet: other columns"):
+        land.run(argparse.Namespace(ds=DAY0, folder=folder, force=False), settings)
+
+
+def test_a_damaged_page_behind_a_sound_footer_is_named(settings: Settings, lake: Lake) -> None:
+    land_world(lake, DAY0)
+    path = lake.partition("raw_ad_events", DAY0).files[0]
+    data = bytearray(path.read_bytes())
+    data[4:400] = b"\xff" * 396
+    path.write_bytes(data)
+    with pytest.raises(LeadreError, match="corrupt parquet file") as error:
+        curate.run(argparse.Namespace(ds=DAY0), settings)
+    assert str(path) in str(error.value)
+
+
+def test_a_home_is_of_one_world(tmp_path: Path) -> None:
+    sizes = {"LEADRE_SIMULATOR__USERS": "20", "LEADRE_SIMULATOR__ADS": "20"}
+    assert command("land", tmp_path, "--ds", str(DAY0), **sizes).returncode == 0
+    sizes["LEADRE_SIMULATOR__USERS"] = "30"
+    done = command("land", tmp_path, "--ds", str(DAY1), **sizes)
+    assert done.returncode == 1
+    assert "users was 20, now 30" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("LEADRE_SFT", "abc", "sft"),
+        ("LEADRE_HOME", "~nosuchuser/x", "home"),
+        ("LEADRE_SEED", "-1", "seed"),
+    ],
+)
+def test_bad_settings_are_named(tmp_path: Path, name: str, value: str, told: str) -> None:
+    done = command("gate_raw", tmp_path, "--ds", "2026-03-02", **{name: value})
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_missing_embedding_model_is_named(tmp_path: Path) -> None:

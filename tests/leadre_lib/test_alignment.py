@@ -135,9 +135,9 @@ def test_the_prompt_has_its_five_parts_and_no_holes(spark: SparkSession) -> None
     assert told["u1"]["prompt"] == (
         "You are an ad recommendation system.\n"
         "The user: 34 years old, female, lives in Lyon, education master, works as nurse.\n"
-        "Long-term interests: sports/running*4.\n"
         "Recent behaviours: 1*play*My first marathon; 1*conversion*<a_0><b_0>;"
         " 1*click*<a_2><b_0>.\n"
+        "Long-term interests: sports/running*4.\n"
         "What ad will the user be interested in next?\nAnswer: "
     )
     assert "1*conversion*Trail running shoes" in told["u1"]["title_prompt"]
@@ -146,6 +146,21 @@ def test_the_prompt_has_its_five_parts_and_no_holes(spark: SparkSession) -> None
         "You are an ad recommendation system.\n"
         "What ad will the user be interested in next?\nAnswer: "
     )
+
+
+def test_what_stands_before_a_behaviour_does_not_depend_on_it(spark: SparkSession) -> None:
+    """Training has the Semantic IDs of a prompt as targets too (`sft.loss_on`)."""
+
+    def prompt(*last: dict[str, Any]) -> str:
+        stream = behaviours(spark, [*DAY0_AD_EVENTS[:3], *last], [])
+        known = interests(requests(spark, ("u1", at(DAY1, 0))), stream, WINDOW)
+        return str(prompts(known, frame(spark, "raw_users", USERS), ids(spark)).first()["prompt"])
+
+    without = prompt()
+    with_it = prompt(ad_event("last", "u1", "a2", "click", at(DAY0, 20)))
+    before, found, _ = with_it.partition("; 1*click*<a_1>")
+    assert found
+    assert without.startswith(before)
 
 
 @pytest.mark.parametrize("cutoff", ["day", "event"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faiss
 import numpy as np
 import pyarrow as pa
 
@@ -55,3 +56,16 @@ def test_none_where_none_are_asked_for_or_an_ad_has_no_other() -> None:
     assert synthetic_histories(VECTORS, IDS, none, seed=0).num_rows == 0
     alone = synthetic_histories(VECTORS[:1], IDS[:1], ExampleSettings(), seed=0)
     assert alone.num_rows == 0
+
+
+def test_histories_do_not_depend_on_threads_also_where_ads_share_a_text() -> None:
+    vectors = np.repeat(VECTORS, 7, axis=0)
+    ids = pa.array([f"a{n:03d}" for n in range(len(vectors))])
+    threads = faiss.omp_get_max_threads()
+    made = []
+    for count in (1, 2):
+        faiss.omp_set_num_threads(count)
+        made.append(synthetic_histories(vectors, ids, ExampleSettings(), seed=5))
+    faiss.omp_set_num_threads(threads)
+    assert made[0].equals(made[1])
+    assert len(set(made[0]["ad_id"].to_pylist())) > 300
