@@ -81,17 +81,17 @@ class ExampleSettings(Section):
     """How many training and evaluation examples are drawn."""
 
     targets_per_user: PositiveInt = 3
-    max_next_ad_examples: PositiveInt = 3500
+    max_next_ad_examples: PositiveInt = 2500
     click_weight: float = Field(0.5, ge=0)
     min_behaviours: int = Field(1, ge=0)
     titles_to_sid_fraction: Fraction = Field(0.05, ge=0, le=1)
     synthetic_per_ad: int = Field(3, ge=0, description="walks from ad to similar ad; 0: none")
     synthetic_steps: PositiveInt = 8
     synthetic_neighbours: PositiveInt = 10
-    max_synthetic_examples: PositiveInt = 3000
+    max_synthetic_examples: PositiveInt = 2500
     pairs_per_user: int = Field(3, ge=0)
     min_ecpm_ratio: float = Field(1.1, ge=1)
-    max_preference_pairs: PositiveInt = 600
+    max_preference_pairs: PositiveInt = 400
     valid_fraction: Fraction = Field(0.3, gt=0, lt=1)
     max_valid_cases: PositiveInt = 1000
     max_test_cases: PositiveInt = 10000
