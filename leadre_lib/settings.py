@@ -88,7 +88,7 @@ class ExampleSettings(Section):
     synthetic_per_ad: int = Field(3, ge=0, description="walks from ad to similar ad; 0: none")
     synthetic_steps: PositiveInt = 8
     synthetic_neighbours: PositiveInt = 10
-    max_synthetic_examples: PositiveInt = 2500
+    max_synthetic_examples: PositiveInt = 2000
     pairs_per_user: int = Field(3, ge=0)
     min_ecpm_ratio: float = Field(1.1, ge=1)
     max_preference_pairs: PositiveInt = 400
@@ -157,8 +157,8 @@ class TrainingSettings(Section):
     deepspeed: str = "deepspeed_cpu.json"
     hostfile: str = ""
     learning_rate: float = Field(3e-3, gt=0)
-    batch_size: PositiveInt = 16
-    epochs: float = Field(2.0, gt=0)
+    batch_size: PositiveInt = 8
+    epochs: float = Field(1.5, gt=0)
     max_steps: int = Field(0, ge=0, description="0: as many as the epochs need")
     warmup_ratio: Fraction = Field(0.05, ge=0, le=1)
     weight_decay: float = Field(0.1, ge=0)
