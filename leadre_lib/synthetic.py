@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from leadre_lib.contracts import load_contract
 from leadre_lib.retrieval import EmbeddingIndex
@@ -108,8 +109,9 @@ def synthetic_histories(
     kept[:, -1] = kept.any(axis=1)
     walk, place = np.nonzero(kept)
     step = np.cumsum(kept, axis=1)[walk, place]
+    number = pc.utf8_lpad(pa.array(walk).cast(pa.string()), 9, "0")
     table = {
-        "history_id": pa.array([f"synthetic-{n:09d}" for n in walk.tolist()], pa.string()),
+        "history_id": pc.binary_join_element_wise("synthetic", number, "-"),
         "step": pa.array(step, pa.int32()),
         "ad_id": ad_ids.take(pa.array(ads[walk, place])),
     }
