@@ -22,8 +22,8 @@ from leadre_lib.errors import LeadreError, NothingToDo
 from leadre_lib.generation import open_decoder, sid_sizes
 from leadre_lib.lake import Lake
 from leadre_lib.quality import publish
+from leadre_lib.quantisers import Codebook
 from leadre_lib.release import Releases
-from leadre_lib.semantic_ids import Codebook
 from leadre_lib.settings import Settings
 from leadre_lib.spark import session
 

@@ -19,8 +19,8 @@ from leadre_lib.generation import sid_sizes
 from leadre_lib.indexes import build_indexes, check_indexes
 from leadre_lib.lake import Lake, code_version
 from leadre_lib.quality import publish
+from leadre_lib.quantisers import Codebook
 from leadre_lib.release import Releases
-from leadre_lib.semantic_ids import Codebook
 from leadre_lib.settings import Settings
 from leadre_lib.spark import read, session
 

@@ -29,7 +29,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     from leadre_lib.catalogue import catalogue
     from leadre_lib.generation import open_decoder, sid_sizes
     from leadre_lib.inference import Shard, infer_shard, parts_folder
-    from leadre_lib.semantic_ids import Codebook
+    from leadre_lib.quantisers import Codebook
 
     prompts = lake.read("user_prompts", ds).sort_by("user_id")
     ads = catalogue(

@@ -17,8 +17,8 @@ from leadre_lib.errors import NothingToDo
 from leadre_lib.generation import sid_sizes
 from leadre_lib.indexes import build_indexes, check_indexes
 from leadre_lib.lake import Lake, code_version
+from leadre_lib.quantisers import Codebook
 from leadre_lib.release import Releases, environment_versions
-from leadre_lib.semantic_ids import Codebook
 from leadre_lib.settings import Settings
 
 

@@ -17,7 +17,8 @@ from leadre_lib.embeddings import ad_text, embed, encoder_id
 from leadre_lib.errors import LeadreError
 from leadre_lib.lake import Lake
 from leadre_lib.quality import QualityError, publish
-from leadre_lib.semantic_ids import Codebook, assign, code_usage, format_sid, train_codebook
+from leadre_lib.quantisers import Codebook, train_codebook
+from leadre_lib.semantic_ids import assign, code_usage, format_sid
 from leadre_lib.settings import Settings
 from leadre_lib.spark import session
 

@@ -22,7 +22,7 @@ from leadre_lib.release import Releases
 from leadre_lib.settings import Settings
 
 if TYPE_CHECKING:
-    from leadre_lib.semantic_ids import Codebook
+    from leadre_lib.quantisers import Codebook
 
 
 def _sid_vectors(codebook: Codebook, tokens: int) -> np.ndarray:
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     # Ten seconds of imports that a day with nothing to learn from does without.
     from leadre_lib.generation import sid_sizes
     from leadre_lib.model import sid_tokens
-    from leadre_lib.semantic_ids import Codebook
+    from leadre_lib.quantisers import Codebook
     from leadre_lib.training import prepare_sft, run_ranks
 
     version = examples["codebook"][0].as_py()

@@ -52,6 +52,24 @@ class Catalogue:
         return np.flatnonzero(self.active)
 
 
+def marketing_objects(ads: pa.Table) -> pa.Table:
+    """The marketing objects that ads sell, each as its first ad tells it.
+
+    The first ad, by start and then by id, is there before the others and stays in the snapshot, so
+    that an object's text does not change as its ads come and go.
+
+    Args:
+        ads: rows of the table `ads` or `raw_ads`.
+
+    Returns:
+        The columns of `ads`, one row an object, sorted by `marketing_object_id`.
+    """
+    keys = ("marketing_object_id", "start_date", "ad_id")
+    ordered = ads.sort_by([(key, "ascending") for key in keys])
+    owner = ordered["marketing_object_id"].combine_chunks().dictionary_encode().indices.to_numpy()
+    return ordered.take(pa.array(np.flatnonzero(np.diff(owner, prepend=-1))))
+
+
 def catalogue(ads: pa.Table, semantic_ids: pa.Table, day: dt.date) -> Catalogue:
     """Join ads with their Semantic IDs; active are those that may be shown on `day`.
 

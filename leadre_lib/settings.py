@@ -12,7 +12,7 @@ from __future__ import annotations
 import datetime as dt
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator
@@ -114,23 +114,40 @@ class EmbeddingSettings(Section):
     max_tokens: PositiveInt = 64
 
 
+Method = Literal["rq-vae", "rq-kmeans", "rq-kmeans-balanced", "rq-kmeans+"]
+METHODS: tuple[Method, ...] = get_args(Method)
+
+
 class SemanticIdSettings(Section):
-    """The RQ-VAE (paper, section 3.2).
+    """The residual quantiser (paper, section 3.2; see `quantisers`), and when it is refreshed.
 
     `collision_codes`: how many last tokens there are. `alternatives`: among how many codes of the
-    last level an ad looks for a free one before it shares its codes with another (1: none).
+    last level an object looks for a free one before it shares its codes with another (1: none).
     """
 
-    levels: PositiveInt = Field(3, le=25)
-    codes: PositiveInt = 64
+    method: Method = "rq-vae"
+    levels: int = Field(0, ge=0, le=25, description="0: as many as the catalogue needs")
+    codes: int = Field(0, ge=0, description="of a level; 0: as many as the catalogue needs")
     collision_codes: PositiveInt = 64
     alternatives: PositiveInt = 16
     latent_dim: PositiveInt = 32
     hidden_dim: PositiveInt = 256
     epochs: PositiveInt = 100
+    max_vectors: PositiveInt = Field(
+        2_000_000, description="that training sees in all its epochs; a large catalogue has fewer"
+    )
     batch_size: PositiveInt = 256
     learning_rate: float = Field(1e-3, gt=0)
     commitment: float = Field(0.05, ge=0)
+    refresh_error: float = Field(
+        1.25, gt=1, description="reconstruction error, against that of the training, which is drift"
+    )
+    refresh_collision_rate: Fraction = Field(
+        0.05, ge=0, le=1, description="collisions before the last token which are drift"
+    )
+    max_moved: Fraction = Field(
+        0.05, ge=0, le=1, description="unchanged objects whose codes a refresh may change"
+    )
 
 
 class ModelSettings(Section):

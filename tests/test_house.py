@@ -21,6 +21,7 @@ FLOORS: list[set[str]] = [
         "interests",
         "prompts",
         "embeddings",
+        "quantisers",
         "semantic_ids",
         "catalogue",
         "constraint_index",
