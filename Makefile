@@ -27,10 +27,10 @@ export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run test bench-decode lint format airflow lock clean clean-state java
+.PHONY: help setup run test bench-decode bench-constraint-index bench-neighbours bench-churn lint format airflow lock clean clean-state java
 
 help: ## show this
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  options of run: SOURCE=simulator|movielens|amazon|lake  DATA=folder  ENGINE=sail|spark"
 	@echo "                  DAYS=2  FORCE=1  JSON=file  PROFILE=name in conf/  HOME_DIR=folder"
@@ -61,6 +61,15 @@ test: setup java ## all tests
 
 bench-decode: setup ## users a second of the decoder against two baselines
 	$(BIN)/python -m benchmarks.decode $(if $(JSON),--json "$(JSON)")
+
+bench-constraint-index: setup ## the constraint index against a trie of dictionaries
+	$(BIN)/python -m benchmarks.constraint_index $(if $(JSON),--json "$(JSON)")
+
+bench-neighbours: setup ## nearest marketing objects by embedding at three sizes, beside exact search
+	$(BIN)/python -m benchmarks.neighbours $(if $(JSON),--json "$(JSON)")
+
+bench-churn: setup ## a month of a changing catalogue through the index rebuild
+	$(BIN)/python -m benchmarks.churn $(if $(JSON),--json "$(JSON)")
 
 lint: setup ## check style, format and types
 	$(BIN)/ruff check $(CODE)

@@ -10,13 +10,23 @@ from __future__ import annotations
 import argparse
 import datetime as dt
 
+from pyspark.sql import SparkSession
+
 from jobs.command import main, parser
 from leadre_lib import facts
-from leadre_lib.curation import curate_ads, curate_events
+from leadre_lib.curation import ECPM_DAYS, curate_ads, curate_events
 from leadre_lib.lake import Lake
 from leadre_lib.quality import QualityError, publish
 from leadre_lib.settings import Settings
 from leadre_lib.spark import read, session
+
+
+def publish_ads(spark: SparkSession, settings: Settings, lake: Lake, ds: dt.date) -> None:
+    """Publish `ads` from the raw snapshot, with what their impressions were worth before `ds`."""
+    days = [day for day in lake.days("behaviours") if 0 < (ds - day).days <= ECPM_DAYS]
+    behaviours = read(spark, lake, "behaviours", days) if days else None
+    ads = curate_ads(read(spark, lake, "raw_ads", [ds]), behaviours)
+    publish(spark, settings, lake, "ads", ds, ads)
 
 
 def run(args: argparse.Namespace, settings: Settings) -> None:
@@ -63,7 +73,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
                 f" nothing was published"
             )
         publish(spark, settings, lake, "users", ds, users)
-        publish(spark, settings, lake, "ads", ds, curate_ads(ads))
+        publish_ads(spark, settings, lake, ds)
         publish(spark, settings, lake, "quarantine", ds, curated.quarantine)
         publish(spark, settings, lake, "behaviours", ds, curated.behaviours)
 

@@ -1,7 +1,7 @@
 """Compare the day's models with the champion and with the baselines, on the cases of the day.
 
 The validation cases decide which model challenges and whether it may be promoted; the test cases
-are reported. Every method ranks the whole active catalogue. Writes `metrics` and the verdict.
+are reported. Every method ranks all active marketing objects. Writes `metrics` and the verdict.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from jobs.command import main, parser
 from leadre_lib import comparison, facts
 from leadre_lib.catalogue import Catalogue, catalogue
+from leadre_lib.constraint_index import ConstraintIndex
 from leadre_lib.contracts import load_contract
 from leadre_lib.embeddings import embed
 from leadre_lib.errors import LeadreError, NothingToDo
@@ -48,9 +49,9 @@ def _past(settings: Settings, lake: Lake, ds: dt.date) -> pa.Table:
 
 
 def _measure(
-    settings: Settings, ads: Catalogue, model: Path, cases: comparison.Cases, sizes: list[int]
+    settings: Settings, ads: Catalogue, model: Path, cases: comparison.Cases, index: ConstraintIndex
 ) -> dict[str, float]:
-    decoder = open_decoder(model, ads, sizes, settings)
+    decoder = open_decoder(model, index, settings)
     return comparison.model_metrics(decoder, cases, ads, settings.evaluation.exclude_seen)
 
 
@@ -62,6 +63,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     examples = lake.read("eval_examples", ds).sort_by("case_id")
     ads = catalogue(lake.read("ads", ds), lake.read("ad_semantic_ids", ds), ds)
     sizes = sid_sizes(Codebook.load(settings.codebooks / ads.codebook).sizes, settings)
+    index = ConstraintIndex.build(ads.codes, sizes, ads.active_objects, codebook=ads.codebook)
     splits = {
         split: comparison.cases_of(examples.filter(pc.equal(examples["split"], split)), ads)
         for split in ("valid", "test")
@@ -78,7 +80,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
         lake.reads["champion"] = champion.id
 
     def measure(model: Path, split: str) -> dict[str, float]:
-        return _measure(settings, ads, model, splits[split], sizes)
+        return _measure(settings, ads, model, splits[split], index)
 
     stages = {stage: measure(model, "valid") for stage, model in models.items()}
     theirs = measure(champion.model, "valid") if champion else None
@@ -86,7 +88,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
         stages, champion.id if champion else None, theirs, settings.evaluation.tolerance
     )
     users, items = comparison.interactions(_past(settings, lake, ds), ads)
-    titles = embed(ads.ads["title"].to_pylist(), settings.embedding, settings.cache)
+    titles = embed(ads.objects["title"].to_pylist(), settings.embedding, settings.cache)
     baselines = comparison.baseline_scorers(users, items, titles)
     rows = []
     for split, cases in splits.items():

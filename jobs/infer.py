@@ -28,6 +28,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
 
     from leadre_lib.catalogue import catalogue
     from leadre_lib.generation import open_decoder, sid_sizes
+    from leadre_lib.indexes import open_constraint
     from leadre_lib.inference import Shard, infer_shard, parts_folder
     from leadre_lib.quantisers import Codebook
 
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     sizes = sid_sizes(Codebook.load(release.folder / "codebook").sizes, settings)
     folder = parts_folder(settings, lake, ds, release.id)
     torch.set_num_threads(settings.inference.threads)
-    decoder = open_decoder(release.model, ads, sizes, settings)
+    decoder = open_decoder(release.model, open_constraint(release, ads, sizes), settings)
     shard = Shard(args.shard, args.shards)
     infer_shard(prompts, shard, decoder, ads, release.id, folder, settings)
 

@@ -1,7 +1,7 @@
 """Build the indexes and the release of a day's challenger.
 
 The release is the codebook, the Semantic IDs, the model that `evaluate` chose, and the indexes over
-the ads that are active on the day after, when its candidates are served.
+the objects that have an active ad on the day after, when its candidates are served.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     ads = catalogue(lake.read("ads", ds), lake.read("ad_semantic_ids", ds), serving)
     codebook_folder = settings.codebooks / ads.codebook
     codebook = Codebook.load(codebook_folder)
-    parts = build_indexes(ads, sid_sizes(codebook.sizes, settings), settings, work / "indexes")
+    sizes = sid_sizes(codebook.sizes, settings)
+    parts = build_indexes(ads, sizes, settings, work / "indexes")
     releases = Releases(settings.releases)
     release = releases.build(
         ds,
@@ -50,17 +51,10 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
             "inputs": dict(sorted(lake.reads.items())),
         },
     )
-    check_indexes(release, int(ads.active.sum()))
+    found = check_indexes(release, ads, sizes)
     facts.write_json(work / "release.json", {"release": release.id})
-    facts.record(
-        settings,
-        ds,
-        "release",
-        release=release.id,
-        ads=len(ads.codes),
-        active=int(ads.active.sum()),
-    )
-    print(f"release {release.id}: {len(ads.codes)} ads, {int(ads.active.sum())} active")
+    facts.record(settings, ds, "release", release=release.id, **found)
+    print(f"release {release.id}: {found['objects']} marketing objects, {found['active']} active")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from leadre_lib.settings import ExampleSettings, InterestSettings
 
 DRAW_RANGE = 1 << 24
 TARGET_EVENTS = ("click", "conversion")
+PAIR_SIDE = ("ad_id", "time", "ecpm", "semantic_id", "codebook")
 
 
 def draw(seed: int, *columns: str) -> Column:
@@ -138,14 +139,19 @@ def sft_examples(
 
 
 def text_tasks(ads: DataFrame, semantic_ids: DataFrame) -> DataFrame:
-    """Name and type of each ad to its Semantic ID, and back."""
-    described = ads.join(semantic_ids.select("ad_id", "semantic_id", "codebook"), "ad_id")
+    """Name and type of each ad to the Semantic ID of its marketing object, and back to the name
+    and type of the object's first ad (see `catalogue.marketing_objects`).
+    """
+    first = Window.partitionBy("marketing_object_id").orderBy("start_date", "ad_id")
+    described = ads.withColumn("nth", F.row_number().over(first)).join(
+        semantic_ids.select("ad_id", "semantic_id", "codebook"), "ad_id"
+    )
     name = F.when(F.col("category") == "", F.col("title")).otherwise(
         F.concat("title", F.lit(" ("), "category", F.lit(")"))
     )
     name = plain(name)
 
-    def rows(task: str, prompt: Column, response: Column) -> DataFrame:
+    def rows(described: DataFrame, task: str, prompt: Column, response: Column) -> DataFrame:
         return described.select(
             F.concat(F.lit(f"{task}:"), F.col("ad_id")).alias("example_id"),
             F.lit(task).alias("task"),
@@ -159,9 +165,11 @@ def text_tasks(ads: DataFrame, semantic_ids: DataFrame) -> DataFrame:
         )
 
     sid = F.col("semantic_id")
-    to_sid = rows("text_to_sid", F.concat(F.lit("Ad: "), name, F.lit("\nSemantic ID: ")), sid)
-    to_text = rows("sid_to_text", F.concat(F.lit("Semantic ID: "), sid, F.lit("\nAd: ")), name)
-    return to_sid.unionAll(to_text)
+    to_sid = F.concat(F.lit("Ad: "), name, F.lit("\nSemantic ID: "))
+    to_text = F.concat(F.lit("Semantic ID: "), sid, F.lit("\nAd: "))
+    return rows(described, "text_to_sid", to_sid, sid).unionAll(
+        rows(described.where("nth = 1"), "sid_to_text", to_text, name)
+    )
 
 
 def synthetic_examples(
@@ -228,7 +236,8 @@ def preference_pairs(
     """Two ads that one user clicked or converted on within one day, the higher eCPM chosen.
 
     Both ads are relevant to the user, so the pair teaches value alone. The prompt knows what came
-    before the earlier of the two (see `cutoff_of`). Ads without eCPM give no pairs.
+    before the earlier of the two (see `cutoff_of`). Ads without eCPM give no pairs, nor do two ads
+    of one marketing object: they have one Semantic ID.
 
     Returns:
         The columns of the contract `preference_pairs`.
@@ -238,17 +247,19 @@ def preference_pairs(
         .where(F.col("ecpm").isNotNull())
         .groupBy("user_id", F.to_date("event_time").alias("day"), F.col("item_id").alias("ad_id"))
         .agg(F.min("event_time").alias("time"), F.max("ecpm").alias("ecpm"))
+        .join(semantic_ids.select("ad_id", "semantic_id", "codebook"), "ad_id")
     )
     chosen, rejected = (
         valued.select(
             "user_id",
             "day",
-            *[F.col(name).alias(f"{side}_{name}") for name in ("ad_id", "time", "ecpm")],
+            *[F.col(name).alias(f"{side}_{name}") for name in PAIR_SIDE],
         )
         for side in ("chosen", "rejected")
     )
     pairs = chosen.join(rejected, ["user_id", "day"]).where(
-        F.col("chosen_ecpm") > F.col("rejected_ecpm") * F.lit(settings.min_ecpm_ratio)
+        (F.col("chosen_ecpm") > F.col("rejected_ecpm") * F.lit(settings.min_ecpm_ratio))
+        & (F.col("chosen_semantic_id") != F.col("rejected_semantic_id"))
     )
     pairs = pairs.withColumn(
         "request_id",
@@ -263,30 +274,18 @@ def preference_pairs(
         .withColumn("target_time", F.least("chosen_time", "rejected_time"))
         .withColumn("cutoff", cutoff_of(F.col("target_time"), settings))
     )
-    ids = semantic_ids.select("ad_id", "semantic_id", "codebook")
-    sides = pairs.join(
-        ids.select(F.col("ad_id").alias("chosen_ad_id"), F.col("semantic_id").alias("chosen")),
-        "chosen_ad_id",
-    ).join(
-        ids.select(
-            F.col("ad_id").alias("rejected_ad_id"),
-            F.col("semantic_id").alias("rejected"),
-            "codebook",
-        ),
-        "rejected_ad_id",
-    )
-    known = interests(sides, behaviours, window)
+    known = interests(pairs, behaviours, window)
     known = known.where(F.size("short_term") >= settings.min_behaviours)
     return prompts(known, users, semantic_ids).select(
         F.col("request_id").alias("pair_id"),
         "user_id",
         "prompt",
-        "chosen",
-        "rejected",
+        F.col("chosen_semantic_id").alias("chosen"),
+        F.col("rejected_semantic_id").alias("rejected"),
         "chosen_ecpm",
         "rejected_ecpm",
         "target_time",
-        "codebook",
+        F.col("chosen_codebook").alias("codebook"),
     )
 
 

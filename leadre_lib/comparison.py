@@ -30,7 +30,7 @@ GATE = "HR@10"
 
 @dataclass(frozen=True)
 class Cases:
-    """Evaluation cases as catalogue rows. `ecpm` is NaN where a target has none."""
+    """Evaluation cases as rows of marketing objects. `ecpm` is NaN where a target has none."""
 
     prompts: list[str]
     histories: Histories
@@ -42,9 +42,12 @@ class Cases:
 
 
 def cases_of(examples: pa.Table, catalogue: Catalogue) -> Cases:
-    """Rows of `eval_examples` as cases; ads that the catalogue has forgotten leave a history."""
+    """Rows of `eval_examples` as cases; ads that the catalogue has forgotten leave a history.
+
+    Whoever converted on an ad wanted what it sells: histories and targets are marketing objects.
+    """
     lists = examples["history_ad_ids"].combine_chunks()
-    rows = catalogue.rows(lists.flatten())
+    rows = catalogue.object_rows(lists.flatten())
     case = np.repeat(np.arange(len(lists)), pc.list_value_length(lists).to_numpy())
     known = rows >= 0
     lengths = np.bincount(case[known], minlength=len(lists))
@@ -53,19 +56,19 @@ def cases_of(examples: pa.Table, catalogue: Catalogue) -> Cases:
     return Cases(
         examples["prompt"].to_pylist(),
         Histories(offsets, rows[known]),
-        catalogue.rows(examples["target_ad_id"]),
+        catalogue.object_rows(examples["target_ad_id"]),
         ecpm,
     )
 
 
 def interactions(behaviours: pa.Table, catalogue: Catalogue) -> tuple[np.ndarray, np.ndarray]:
-    """User numbers and catalogue rows of the clicks and conversions that baselines learn from."""
+    """User numbers and object rows of the clicks and conversions that baselines learn from."""
     chosen = pc.and_(
         pc.equal(behaviours["domain"], "ad"),
         pc.is_in(behaviours["event_type"], pa.array(["click", "conversion"])),
     )
     taken = behaviours.filter(chosen)
-    rows = catalogue.rows(taken["item_id"])
+    rows = catalogue.object_rows(taken["item_id"])
     users = taken["user_id"].combine_chunks().dictionary_encode().indices.to_numpy()
     return users[rows >= 0].astype(np.int64), rows[rows >= 0]
 
@@ -73,7 +76,7 @@ def interactions(behaviours: pa.Table, catalogue: Catalogue) -> tuple[np.ndarray
 def baseline_scorers(
     users: np.ndarray, rows: np.ndarray, embeddings: np.ndarray
 ) -> dict[str, Scorer]:
-    """The baselines by name; see `interactions`, and `embeddings` float32 [catalogue, dim]."""
+    """The baselines by name; see `interactions`, and `embeddings` float32 [objects, dim]."""
     return {
         "popularity": popularity(rows, len(embeddings)),
         "item-knn": item_knn(users, rows, len(embeddings)),
@@ -86,7 +89,7 @@ def baseline_metrics(
 ) -> dict[str, float]:
     """Metrics of a method that scores the whole catalogue."""
     return metrics_from_scores(
-        scorer, cases.histories, cases.target, catalogue.active, cases.ecpm, exclude_seen
+        scorer, cases.histories, cases.target, catalogue.active_objects, cases.ecpm, exclude_seen
     )
 
 
@@ -98,7 +101,7 @@ def model_metrics(
     if exclude_seen:
         exclude = np.split(cases.histories.values, cases.histories.offsets[1:-1])
     ranked = decode_distinct(decoder, cases.prompts, 10, exclude)
-    return rank_metrics(ranked, cases.target, int(catalogue.active.sum()), cases.ecpm)
+    return rank_metrics(ranked, cases.target, int(catalogue.active_objects.sum()), cases.ecpm)
 
 
 def verdict(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
+ECPM_DAYS = 7  # over which the worth of an ad is averaged
 CONTENT = "content"
 AD = "ad"
 BEHAVIOUR_COLUMNS = [
@@ -46,9 +47,18 @@ def start_of(day: dt.date) -> Column:
     return F.lit(dt.datetime.combine(day, dt.time(), dt.UTC)).cast("timestamp")
 
 
-def curate_ads(raw_ads: DataFrame) -> DataFrame:
-    """Add `text_hash`, the SHA-256 of title and description (see `embeddings.ad_text`)."""
-    return raw_ads.withColumn("text_hash", F.sha2(F.concat_ws("\n", "title", "description"), 256))
+def curate_ads(raw_ads: DataFrame, behaviours: DataFrame | None) -> DataFrame:
+    """Add `text_hash`, the SHA-256 of title and description (see `embeddings.ad_text`), and `ecpm`,
+    the mean over the ad's impressions among `behaviours`, null where there are none.
+    """
+    ads = raw_ads.withColumn("text_hash", F.sha2(F.concat_ws("\n", "title", "description"), 256))
+    if behaviours is None:
+        return ads.withColumn("ecpm", F.lit(None).cast("double"))
+    shown = behaviours.where((F.col("domain") == AD) & (F.col("event_type") == "impression"))
+    worth = shown.groupBy(F.col("item_id").alias("ad_id")).agg(
+        F.round(F.avg("ecpm"), 6).alias("ecpm")
+    )
+    return ads.join(worth, "ad_id", "left")
 
 
 def one_stream(ad_events: DataFrame, content_events: DataFrame) -> DataFrame:

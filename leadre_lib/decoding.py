@@ -6,7 +6,7 @@ its own ancestors only (tree attention, as in SpecInfer, arXiv 2305.09781). So t
 prompt once, grows by one column a beam and step, and is never reordered.
 
 Works with any causal language model of Transformers that takes such a mask (attention `sdpa` or
-`eager`, no sliding window). Knows nothing of prompts' contents, or of what an ad is.
+`eager`, no sliding window). Knows nothing of prompts' contents, or of what an object is.
 
 Scores are sums of log-probabilities over the *full* vocabulary, not renormalised over the allowed
 tokens: the scores of `generate(prefix_allowed_tokens_fn=…, length_penalty=0)`.
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from leadre_lib.constraint_index import ConstraintIndex
+from leadre_lib.constraint_index import ConstraintIndex, DeviceIndex
 from leadre_lib.errors import LeadreError
 from leadre_lib.settings import DecodingSettings
 
@@ -32,12 +32,12 @@ LOGITS_CHUNK = 1 << 24  # numbers of logits held at once: 64 MiB in float32
 
 
 class BeamDecoder:
-    """Writes the Semantic IDs of the `k` most likely ads for each prompt.
+    """Writes the Semantic IDs of the `k` most likely objects for each prompt.
 
     Args:
         model: any causal language model; it is set to evaluation mode and moved to `device`.
         tokenizer: of the model.
-        index: the ads that may be written.
+        index: the objects that may be written.
         sid_token_ids: the token id of each code, one int array [codes of the level] a level.
         settings: beam width and batch size in tokens.
         max_tokens: longest sequence, prompt and Semantic ID together. A longer prompt loses tokens
@@ -68,43 +68,53 @@ class BeamDecoder:
         self.tokenizer = tokenizer
         self.settings = settings
         self.device = torch.device(device)
-        self.ads = index.ads
+        self.objects = index.objects
         self.levels = index.levels
         self.max_prompt = max_tokens - index.levels
-        self.tables = [torch.from_numpy(t).to(device) for t in index.transitions]
+        self.lookup = DeviceIndex(index, device)
         self.tokens = [torch.from_numpy(np.asarray(t, np.int64)).to(device) for t in sid_token_ids]
+
+    def set_active(self, active: np.ndarray) -> None:
+        """From now on write the objects where `active`, bool [objects of the index], holds.
+
+        A search that another thread has under way may find fewer objects than there are.
+
+        Raises:
+            LeadreError: the mask is of another type or shape.
+        """
+        self.lookup.set_active(active)
 
     @torch.inference_mode()
     def decode(
         self, prompts: Sequence[str], k: int, exclude: Sequence[np.ndarray] | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Find the `k` best ads of each prompt, best first.
+        """Find the `k` best objects of each prompt, best first.
 
         Args:
             prompts: what the model reads.
-            k: ads a prompt, at most the beam width.
-            exclude: for each prompt the rows of ads that it must not get, in any order.
+            k: objects a prompt, at most the beam width.
+            exclude: for each prompt the rows of objects that it must not get, in any order.
 
         Returns:
-            ads: int64 [prompts, k], rows of the index's codes; -1 where there are fewer.
-            scores: float32 [prompts, k], natural logarithms; minus infinity where there is no ad.
+            objects: int64 [prompts, k], rows of the index's codes; -1 where there are fewer.
+            scores: float32 [prompts, k], natural logarithms; minus infinity for no object.
 
         Raises:
             LeadreError: `k` exceeds the beam, or the model gives scores that are not finite.
         """
         if not 1 <= k <= self.settings.beam:
             raise LeadreError(f"top {k}: must be from 1 to the beam width {self.settings.beam}")
-        ads = np.full((len(prompts), k), NO_AD, np.int64)
+        objects = np.full((len(prompts), k), NO_AD, np.int64)
         scores = np.full((len(prompts), k), -np.inf, np.float32)
         if not len(prompts):
-            return ads, scores
+            return objects, scores
         token_ids = self._tokenize(prompts)
         for rows in self._batches(np.array([len(ids) for ids in token_ids])):
             unwanted = None if exclude is None else self._pairs([exclude[row] for row in rows])
             found, found_scores = self._decode_batch([token_ids[row] for row in rows], k, unwanted)
-            ads[rows, : found.shape[1]] = found.cpu().numpy()
+            objects[rows, : found.shape[1]] = found.cpu().numpy()
             scores[rows, : found.shape[1]] = found_scores.cpu().numpy()
-        return ads, scores
+        return objects, scores
 
     def _tokenize(self, prompts: Sequence[str]) -> list[np.ndarray]:
         encoded = self.tokenizer(list(prompts), add_special_tokens=True)["input_ids"]
@@ -132,38 +142,41 @@ class BeamDecoder:
             start = stop
 
     def _pairs(self, exclude: Sequence[np.ndarray]) -> torch.Tensor:
-        """Sorted keys `user * ads + ad`, int64 [unwanted pairs]."""
+        """Sorted keys `user * objects + object`, int64 [unwanted pairs]."""
         users = np.repeat(np.arange(len(exclude)), [len(rows) for rows in exclude])
         flat = np.concatenate([np.asarray(rows, np.int64).ravel() for rows in exclude])
-        if flat.size and not 0 <= flat.min() <= flat.max() < self.ads:
-            raise LeadreError(f"an excluded ad lies outside the {self.ads} rows of the index")
-        return torch.from_numpy(np.sort(users * self.ads + flat)).to(self.device)
+        if flat.size and not 0 <= flat.min() <= flat.max() < self.objects:
+            raise LeadreError(
+                f"an excluded object lies outside the {self.objects} rows of the index"
+            )
+        return torch.from_numpy(np.sort(users * self.objects + flat)).to(self.device)
 
     def _decode_batch(
         self, token_ids: Sequence[np.ndarray], k: int, unwanted: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Beam search over one batch; ads and scores, both [users, at most k]."""
+        """Beam search over one batch; objects and scores, both [users, at most k]."""
         search = _Search(self.model, token_ids, self.tokenizer.pad_token_id, self.device)
         users = len(token_ids)
         node = torch.zeros((users, 1), dtype=torch.int64, device=self.device)
         score = torch.zeros((users, 1), device=self.device)
         hidden = search.hidden
-        for level, (table, tokens) in enumerate(zip(self.tables, self.tokens, strict=True)):
+        for level, tokens in enumerate(self.tokens):
             last = level == self.levels - 1
-            child = table[node].long()  # [users, beams, codes]
-            total = score[:, :, None] + self._log_probabilities(hidden, tokens)
-            allowed = (child >= 0) & torch.isfinite(score)[:, :, None]
+            ways = self.lookup.children(level, node)  # [users, beams, candidates]
+            total = score[:, :, None] + ways.pick(self._log_probabilities(hidden, tokens))
+            allowed = ways.allowed & torch.isfinite(score)[:, :, None]
             if not torch.isfinite(total[allowed]).all():
                 raise LeadreError("the model gives scores that are not finite: it is damaged")
             if last and unwanted is not None and len(unwanted):
-                allowed &= ~self._is_unwanted(child, unwanted)
+                allowed &= ~self._is_unwanted(ways.nodes, unwanted)
             total = total.masked_fill(~allowed, -torch.inf).flatten(1)
             score, choice = _top(total, k if last else self.settings.beam)
-            node = child.flatten(1).gather(1, choice).clamp_min(0)
+            node = ways.nodes.flatten(1).gather(1, choice)
+            node = node.masked_fill(torch.isneginf(score), NO_AD if last else 0)
             if not last:
-                parent, code = choice // len(tokens), choice % len(tokens)
-                hidden = search.step(tokens[code], parent)
-        return node.masked_fill(torch.isneginf(score), NO_AD), score
+                parent = choice // ways.nodes.shape[2]
+                hidden = search.step(tokens[ways.code(choice)], parent)
+        return node, score
 
     def _log_probabilities(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Log-probabilities [users, beams, codes] of a level's tokens, over the full vocabulary."""
@@ -176,12 +189,12 @@ class BeamDecoder:
             parts.append(logits[:, tokens] - logits.logsumexp(-1, keepdim=True))
         return torch.cat(parts).unflatten(0, hidden.shape[:2])
 
-    def _is_unwanted(self, ads: torch.Tensor, unwanted: torch.Tensor) -> torch.Tensor:
-        """Whether each of `ads` [users, beams, codes] is among the user's unwanted pairs."""
-        user = torch.arange(len(ads), device=self.device)[:, None, None]
-        key = user * self.ads + ads
+    def _is_unwanted(self, objects: torch.Tensor, unwanted: torch.Tensor) -> torch.Tensor:
+        """Whether each of `objects` [users, beams, candidates] is unwanted by the user."""
+        user = torch.arange(len(objects), device=self.device)[:, None, None]
+        key = user * self.objects + objects
         place = torch.searchsorted(unwanted, key).clamp_max(len(unwanted) - 1)
-        return (unwanted[place] == key) & (ads >= 0)
+        return unwanted[place] == key
 
 
 class _Search:

@@ -1,4 +1,4 @@
-"""From a model folder and a day's catalogue to ads: opening the decoder, and decoding prompts.
+"""From a model folder and a constraint index to the marketing objects that prompts ask for.
 
 Each distinct prompt is decoded once. Knows nothing of where prompts come from or results go.
 """
@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from leadre_lib.catalogue import Catalogue
 from leadre_lib.constraint_index import ConstraintIndex
 from leadre_lib.decoding import BeamDecoder
 from leadre_lib.model import load, sid_token_ids
@@ -19,30 +18,26 @@ from leadre_lib.settings import Settings
 
 
 def sid_sizes(codebook_sizes: Sequence[int], settings: Settings) -> list[int]:
-    """Codes of each token of a Semantic ID, the last, which tells colliding ads apart, included."""
+    """Codes of each token of a Semantic ID, the last, which tells objects apart, included."""
     return [*codebook_sizes, settings.semantic_ids.collision_codes]
 
 
-def open_decoder(
-    model: Path, catalogue: Catalogue, sizes: Sequence[int], settings: Settings
-) -> BeamDecoder:
-    """A decoder that writes the active ads of a catalogue; its rows are the catalogue's.
+def open_decoder(model: Path, index: ConstraintIndex, settings: Settings) -> BeamDecoder:
+    """A decoder that writes the active marketing objects of an index; its rows are the index's.
 
     Args:
         model: folder of a model and its tokenizer.
-        sizes: as `sid_sizes` gives them.
 
     Raises:
         LeadreError: the model cannot be loaded or does not know these Semantic IDs.
     """
     loaded, tokenizer = load(model)
-    index = ConstraintIndex.build(catalogue.codes, sizes, catalogue.active_rows())
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return BeamDecoder(
         loaded,
         tokenizer,
         index,
-        sid_token_ids(tokenizer, sizes),
+        sid_token_ids(tokenizer, index.sizes),
         settings.decoding,
         settings.model.max_tokens,
         device,
@@ -52,7 +47,10 @@ def open_decoder(
 def decode_distinct(
     decoder: BeamDecoder, prompts: Sequence[str], k: int, exclude: Sequence[np.ndarray] | None
 ) -> np.ndarray:
-    """Ads int64 [prompts, k] of each prompt; equal prompts with equal exclusions share the work."""
+    """Object rows int64 [prompts, k] of each prompt.
+
+    Equal prompts with equal exclusions share the work.
+    """
     keys = [
         (prompt, b"" if exclude is None else exclude[row].tobytes())
         for row, prompt in enumerate(prompts)

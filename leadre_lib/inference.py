@@ -90,8 +90,8 @@ def infer_shard(
     for position, (number, path) in enumerate(open_parts):
         users = prompts.slice(number * size, size)
         seen = list(_seen_rows(users, catalogue)) if settings.evaluation.exclude_seen else None
-        ads, scores = decoder.decode(users["prompt"].to_pylist(), settings.decoding.top_k, seen)
-        _write(candidate_rows(users["user_id"], ads, scores, catalogue, release), path)
+        objects, scores = decoder.decode(users["prompt"].to_pylist(), settings.decoding.top_k, seen)
+        _write(candidate_rows(users["user_id"], objects, scores, catalogue, release), path)
         done += users.num_rows
         rate = done / (time.monotonic() - began)
         log.info(
@@ -107,7 +107,7 @@ def infer_shard(
 
 def _seen_rows(users: pa.Table, catalogue: Catalogue) -> Iterator[np.ndarray]:
     lists = users["seen_ad_ids"].combine_chunks()
-    rows = catalogue.rows(lists.flatten())
+    rows = catalogue.object_rows(lists.flatten())
     lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
     for seen in np.split(rows, np.cumsum(lengths)[:-1]):
         yield seen[seen >= 0]
@@ -115,20 +115,28 @@ def _seen_rows(users: pa.Table, catalogue: Catalogue) -> Iterator[np.ndarray]:
 
 def candidate_rows(
     user_ids: pa.ChunkedArray,
-    ads: np.ndarray,
+    objects: np.ndarray,
     scores: np.ndarray,
     catalogue: Catalogue,
     release: str,
 ) -> pa.Table:
-    """Decoder output, [users, k] each, as rows of the contract `candidates`."""
-    user, place = np.nonzero(ads >= 0)
-    rows = ads[user, place]
+    """Decoder output, [users, k] each, as rows of the contract `candidates`.
+
+    An object stands as its active ads, by eCPM, which share its score; an object without any, as
+    when its last ad was stopped since, is left out.
+    """
+    user, place = np.nonzero(objects >= 0)
+    ads, found = catalogue.expand(objects[user, place])
+    user, place = user[found], place[found]
+    first = np.flatnonzero(np.diff(user, prepend=-1))
+    rank = np.arange(len(user)) - np.repeat(first, np.diff(first, append=len(user))) + 1
+    sids = catalogue.objects["semantic_id"].combine_chunks()
     table = pa.table(
         {
             "user_id": user_ids.combine_chunks().take(pa.array(user)),
-            "rank": pa.array(place + 1, pa.int32()),
-            "ad_id": catalogue.ids.take(pa.array(rows)),
-            "semantic_id": catalogue.ads["semantic_id"].combine_chunks().take(pa.array(rows)),
+            "rank": pa.array(rank, pa.int32()),
+            "ad_id": catalogue.ad_ids.take(pa.array(ads)),
+            "semantic_id": sids.take(pa.array(catalogue.owner[ads])),
             "score": pa.array(scores[user, place].astype(np.float64)),
             "release": pa.array(np.full(len(user), release)),
         }

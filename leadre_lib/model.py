@@ -264,6 +264,35 @@ def add_sid_tokens(
     return len(new)
 
 
+def follow_alignment(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sizes: Sequence[int],
+    shares: Sequence[np.ndarray],
+    seed: int,
+) -> None:
+    """Let the embeddings of SID tokens follow their codes to a refreshed codebook.
+
+    The embedding of a code becomes the mean of those that its objects had before. A code that is
+    what it was keeps its embedding exactly; tokens that the model lacks are added first.
+
+    Args:
+        sizes: codes of each level after the refresh, the last token's among them.
+        shares: what `semantic_ids.alignment` gives, one array [codes, codes before] a level; levels
+            without one, such as the last token's, stay as they are.
+        seed: of the start of added tokens.
+    """
+    add_sid_tokens(model, tokenizer, sid_tokens(sizes), seed)
+    weights = [_weight(m) for m in (model.get_input_embeddings(), model.get_output_embeddings())]
+    for ids, share in zip(sid_token_ids(tokenizer, sizes), shares, strict=False):
+        told = torch.as_tensor(ids[share.any(axis=1)])
+        mix = torch.as_tensor(share[share.any(axis=1)])
+        with torch.no_grad():
+            for weight in {id(w): w for w in weights}.values():
+                before = weight[torch.as_tensor(ids[: share.shape[1]])]
+                weight[told] = (mix.to(weight.device) @ before.double()).to(weight.dtype)
+
+
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write safetensors, configuration and tokenizer into `folder`, whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -289,11 +318,9 @@ def load(
     Raises:
         ModelError: the folder or a file in it is missing or damaged; the message names it.
     """
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        _check_json(folder / name)
+    tokenizer = load_tokenizer(folder)
+    _check_json(folder / "config.json")
     try:
-        # Not AutoTokenizer: for known architectures it puts its own pre-tokenizer in.
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
@@ -308,6 +335,22 @@ def load(
     model, details = loaded
     _check_complete(folder, details)
     return model, tokenizer
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model that `save` wrote.
+
+    Raises:
+        ModelError: a file of it is missing or damaged; the message names it.
+    """
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        _check_json(folder / name)
+    try:
+        # Not AutoTokenizer: for known architectures it puts its own pre-tokenizer in.
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # as in `load`
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{folder}: not a tokenizer that can be loaded ({reason})") from error
 
 
 def _check_json(path: Path) -> None:

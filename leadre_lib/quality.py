@@ -249,7 +249,7 @@ def candidate_outcomes(
     settings: QualitySettings,
 ) -> list[Outcome]:
     """What a column's checks cannot see: stopped ads, coverage of users, drift of the scores."""
-    rows = catalogue.rows(candidates["ad_id"])
+    rows = catalogue.ad_rows(candidates["ad_id"])
     stopped = int((~np.where(rows >= 0, catalogue.active[rows], False)).sum())
     covered = pc.count_distinct(candidates["user_id"]).as_py() / max(1, active_users)
     outcomes = [

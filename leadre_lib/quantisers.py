@@ -13,8 +13,8 @@ III-C). RQ-KMeans+: GPR (arXiv 2511.10138). Balance: entropic optimal transport 
 arXiv 1306.0895), of which the prices of the codes are kept, so that the code of an ad depends on
 its own embedding alone and not on the ads beside it.
 
-A codebook is refreshed by training on from it: every code starts where it was, so that its number
-goes on to mean what it meant.
+A codebook is refreshed by k-means in its own space, with the codes of all but a few vectors held:
+its numbers go on to mean what they meant, and follow what they are given to.
 
 Knows nothing of where embeddings come from, of ads, or of the last token of a Semantic ID.
 """
@@ -48,10 +48,12 @@ Vectors = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.int32]
 
 FORMAT = 2
+AUTOENCODERS = ("rq-vae", "rq-kmeans+")
 CHUNK = 8192  # embeddings that are encoded at once
 VECTORS_PER_CODE = 256  # training learns from no more of them, drawn evenly
 MOST_CODES = 256  # of a level whose size is left to the catalogue, as the paper has it
 FOUR_LEVELS = 200_000  # objects from which on three levels are too few
+REFIT_ROUNDS = 10  # of k-means a level
 BALANCING_ROUNDS = 8  # of prices and centroids in turn
 SINKHORN_STEPS = 30
 SINKHORN_TEMPERATURES = (0.1, 0.005)  # first and last round, of the mean squared distance
@@ -95,8 +97,14 @@ class ResidualQuantiser(nn.Module):
         """Squared distance and price of every code of a level, [n, codes]."""
         return torch.cdist(residual, self.codebooks[level]).square() + self.prices[level]
 
-    def quantise(self, latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def quantise(
+        self, latent: torch.Tensor, held: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The cheapest code of each level, on what the levels before have left.
+
+        Args:
+            latent: [n, latent].
+            held: int64 [n, levels], codes to be taken whatever they cost; -1: the cheapest.
 
         Returns:
             codes [n, levels]; the residual before each level [n, levels, latent]; and the chosen
@@ -107,6 +115,8 @@ class ResidualQuantiser(nn.Module):
         for level, codebook in enumerate(self.codebooks):
             with torch.no_grad():
                 code = self.costs(residual, level).argmin(1)
+                if held is not None:
+                    code = torch.where(held[:, level] < 0, code, held[:, level])
             vector = codebook[code]
             codes.append(code)
             residuals.append(residual)
@@ -125,13 +135,19 @@ class ResidualQuantiser(nn.Module):
         last = len(self.codebooks) - 1
         return self.costs(residuals[:, -1], last).argsort(dim=1, stable=True)
 
-    def loss(self, embeddings: torch.Tensor, commitment: float, quantised: bool) -> torch.Tensor:
+    def loss(
+        self,
+        embeddings: torch.Tensor,
+        commitment: float,
+        quantised: bool,
+        held: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Reconstruction error, plus codebook and commitment errors once codes are in use."""
         target = self.normalised(embeddings)
         latent = self.encoder(target)
         if not quantised:
             return nn.functional.mse_loss(self.decoder(latent), target)
-        _, residuals, chosen = self.quantise(latent)
+        _, residuals, chosen = self.quantise(latent, held)
         straight_through = latent + (chosen.sum(1) - latent).detach()
         return (
             nn.functional.mse_loss(self.decoder(straight_through), target)
@@ -180,8 +196,26 @@ class Codebook:
 
     @property
     def error(self) -> float:
-        """Mean of `errors` over what the codebook was trained on."""
+        """Mean of `errors` over the objects that it was made for, when it came into use."""
         return float(self.config["error"])
+
+    @property
+    def collision_rate(self) -> float:
+        """Share of the objects whose IDs collided before the last token, when it came into use.
+
+        What a refresh could not cure is no reason for the next one.
+        """
+        return float(self.config.get("collision_rate", 0.0))
+
+    def in_use(self, embeddings: Vectors, codes: Codes) -> Codebook:
+        """This codebook, with the error and the collisions of the IDs that objects really have."""
+        levels = np.asarray(codes)[:, : self.config["levels"]]
+        colliding = 1 - len(np.unique(levels, axis=0)) / len(levels)
+        told = {
+            "error": round(float(self.errors(embeddings, codes).mean()), 6),
+            "collision_rate": round(colliding, 6),
+        }
+        return Codebook({**self.config, **told}, self.weights)
 
     def errors(self, embeddings: Vectors, codes: Codes) -> npt.NDArray[np.float64]:
         """How badly codes say what embeddings are: 0 exactly, 1 no better than the mean of all.
@@ -322,7 +356,6 @@ def train_codebook(
     settings: SemanticIdSettings,
     seed: int,
     text_encoder: str = "",
-    start: Codebook | None = None,
 ) -> Codebook:
     """Train a quantiser on the CPU; the same inputs give the same codebook.
 
@@ -331,97 +364,169 @@ def train_codebook(
         settings: method, sizes and training lengths.
         seed: of weights, batches, k-means, and of the vectors drawn where there are many.
         text_encoder: what made the embeddings; kept in the codebook's config for the record.
-        start: an earlier codebook to train on from; method and sizes are then those that it has.
 
     Raises:
-        LeadreError: there are no embeddings, one is not finite, or they are not `start`'s.
+        LeadreError: there are no embeddings, or one is not finite.
     """
-    embeddings = _checked(embeddings, start.config["dim"] if start else None)
+    embeddings = _checked(embeddings)
     if not len(embeddings):
         raise LeadreError("Semantic IDs: no objects to train the codebook on")
-    config = _config(embeddings, settings, text_encoder) if start is None else start.config
+    levels, codes = catalogue_sizes(len(embeddings), settings)
+    config: dict[str, Any] = {
+        "format": FORMAT,
+        "dim": embeddings.shape[1],
+        "text_encoder": text_encoder,
+        **settings.model_dump(include={"method", "hidden_dim", "latent_dim"}),
+        "levels": levels,
+        "codes": codes,
+        "refreshed_from": "",
+    }
     # With several threads, sums and so the weights would depend on how many there are.
     with torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(seed)
         model, data = ResidualQuantiser(config), torch.from_numpy(embeddings)
-        drawn = torch.randperm(len(data))[: VECTORS_PER_CODE * config["codes"]]
+        drawn = torch.randperm(len(data))[: VECTORS_PER_CODE * codes]
         data = data[drawn.sort().values]
-        if start is None:
-            model.mean.copy_(data.mean(0))
-            model.scale.copy_((data - model.mean).std(correction=0).clamp_min(1e-6))
+        model.mean.copy_(data.mean(0))
+        model.scale.copy_((data - model.mean).std(correction=0).clamp_min(1e-6))
+        _TRAINERS[settings.method](model, data, settings, seed)
+    trained = Codebook(config, _arrays(model))
+    return trained.in_use(data.numpy(), trained.encode(data.numpy()))
+
+
+def refit_codebook(
+    codebook: Codebook,
+    embeddings: Vectors,
+    codes: Codes,
+    free: npt.NDArray[np.bool_],
+    settings: SemanticIdSettings,
+    seed: int,
+) -> Codebook:
+    """Refresh a codebook for another catalogue, with the codes of most objects held.
+
+    Held vectors stay with their codes, free ones go to the cheapest, codes that nobody has move to
+    the free vectors that fit worst. Then every code moves to the mean of what it has, level by
+    level; the methods with an autoencoder train it on instead.
+
+    Args:
+        codebook: the one to start from; method and levels stay, and each code keeps its number.
+            There are more codes where the catalogue has outgrown them (`catalogue_sizes`).
+        embeddings: float32 [n, dim], one row an object.
+        codes: int [n, levels or more], what the objects have; those of free ones do not count.
+        free: bool [n].
+        seed: of the batches.
+
+    Raises:
+        LeadreError: as `Codebook.encode`.
+    """
+    data = torch.from_numpy(_checked(embeddings, codebook.config["dim"]))
+    wider = max(codebook.config["codes"], catalogue_sizes(len(data), settings)[1])
+    config = {**codebook.config, "codes": wider, "refreshed_from": codebook.version}
+    levels = torch.from_numpy(np.asarray(codes)[:, : config["levels"]].astype(np.int64))
+    held = torch.where(torch.from_numpy(free)[:, None], -1, levels)
+    with torch.random.fork_rng(devices=[]), _one_thread():
+        torch.manual_seed(seed)
+        model = ResidualQuantiser(config)
+        model.load_state_dict(_widened(codebook.state(), wider))
+        if config["method"] in AUTOENCODERS:
+            _train_on(model, data, settings, held)
         else:
-            model.load_state_dict(start.state())
-        _TRAINERS[config["method"]](model, data, settings, seed, start is not None)
-    weights = {name: value.numpy().copy() for name, value in model.state_dict().items()}
-    trained = Codebook(config, weights)
-    error = trained.errors(data.numpy(), trained.encode(data.numpy())).mean()
-    refreshed_from = start.version if start else ""
-    return Codebook({**config, "error": round(error, 6), "refreshed_from": refreshed_from}, weights)
+            _refit_levels(model, data, held)
+    return Codebook(config, _arrays(model))
 
 
-def _config(embeddings: Vectors, settings: SemanticIdSettings, encoder: str) -> dict[str, Any]:
-    levels, codes = catalogue_sizes(len(embeddings), settings)
+def _train_on(
+    model: ResidualQuantiser, data: torch.Tensor, settings: SemanticIdSettings, held: torch.Tensor
+) -> None:
+    """Train an autoencoder on with codes held: encoder and decoder learn to live with them."""
+    optimizer = torch.optim.Adam(model.parameters(), settings.learning_rate)
+    for _ in range(_epochs(len(data), settings)):
+        _revive_dead_codes(model, data, held)
+        _epoch(model, data, settings, optimizer, quantised=True, held=held)
+
+
+@torch.no_grad()
+def _refit_levels(model: ResidualQuantiser, data: torch.Tensor, held: torch.Tensor) -> None:
+    """k-means level by level, of the vectors whose codes are not held."""
+    residual = torch.cat([model.latent(chunk) for chunk in data.split(CHUNK)])
+    loose = (held[:, 0] < 0).nonzero()[:, 0]
+    for level, vectors in enumerate(model.codebooks):
+        code = held[:, level].clone()
+        for _ in range(REFIT_ROUNDS):
+            _refit_level(model, level, residual, code, loose)
+        residual = residual - vectors[code]
+
+
+def _refit_level(
+    model: ResidualQuantiser,
+    level: int,
+    residual: torch.Tensor,
+    code: torch.Tensor,
+    loose: torch.Tensor,
+) -> None:
+    """One round of k-means on a level, in place: `code` [n] of the rows `loose`, then centroids."""
+    vectors = model.codebooks[level]
+    chunks = [model.costs(part, level).min(1) for part in residual[loose].split(CHUNK)]
+    if chunks:
+        code[loose] = torch.cat([chunk.indices for chunk in chunks])
+        dead = (torch.bincount(code, minlength=len(vectors)) == 0).nonzero()[:, 0]
+        error = (residual[loose] - vectors[code[loose]]).square().sum(1)
+        worst = error.topk(min(len(dead), len(error))).indices
+        code[loose[worst]] = dead[: len(worst)]
+    counts = torch.bincount(code, minlength=len(vectors))[:, None]
+    sums = torch.zeros_like(vectors).index_add_(0, code, residual)
+    vectors.copy_(torch.where(counts > 0, sums / counts.clamp_min(1), vectors))
+
+
+def _widened(state: dict[str, torch.Tensor], codes: int) -> dict[str, torch.Tensor]:
+    """The state with more codes: copies of the first at the mean price, nobody's until revived."""
+    more = codes - state["prices"].shape[1]
+    copies = state["codebooks"][:, :1].repeat_interleave(more, 1)
+    prices = state["prices"].mean(1, keepdim=True).repeat_interleave(more, 1)
     return {
-        "format": FORMAT,
-        "dim": embeddings.shape[1],
-        "text_encoder": encoder,
-        **settings.model_dump(include={"method", "hidden_dim", "latent_dim"}),
-        "levels": levels,
-        "codes": codes,
+        **state,
+        "codebooks": torch.cat([state["codebooks"], copies], 1),
+        "prices": torch.cat([state["prices"], prices], 1),
     }
 
 
+def _arrays(model: ResidualQuantiser) -> dict[str, np.ndarray]:
+    return {name: value.numpy().copy() for name, value in model.state_dict().items()}
+
+
 def _train_vae(
-    model: ResidualQuantiser,
-    data: torch.Tensor,
-    settings: SemanticIdSettings,
-    seed: int,
-    warm: bool,
+    model: ResidualQuantiser, data: torch.Tensor, settings: SemanticIdSettings, seed: int
 ) -> None:
     """The autoencoder warms up without codes, k-means on the residuals places the codes, and both
     train on together."""
     epochs = _epochs(len(data), settings)
     optimizer = torch.optim.Adam(model.parameters(), settings.learning_rate)
-    warm_up = 0 if warm else epochs // 4
+    warm_up = epochs // 4
     for _ in range(warm_up):
         _epoch(model, data, settings, optimizer, quantised=False)
-    if not warm:
-        _place_codes(model, data, seed, warm)
+    _place_codes(model, data, seed)
     _train_codes(model, data, settings, optimizer, epochs - warm_up)
 
 
 def _train_kmeans(
-    model: ResidualQuantiser,
-    data: torch.Tensor,
-    settings: SemanticIdSettings,
-    seed: int,
-    warm: bool,
+    model: ResidualQuantiser, data: torch.Tensor, settings: SemanticIdSettings, seed: int
 ) -> None:
     """k-means alone."""
-    _place_codes(model, data, seed, warm)
+    _place_codes(model, data, seed)
 
 
 def _train_balanced(
-    model: ResidualQuantiser,
-    data: torch.Tensor,
-    settings: SemanticIdSettings,
-    seed: int,
-    warm: bool,
+    model: ResidualQuantiser, data: torch.Tensor, settings: SemanticIdSettings, seed: int
 ) -> None:
     """k-means, then prices for the codes and centroids for what they win, in turn."""
-    _place_codes(model, data, seed, warm, balanced=True)
+    _place_codes(model, data, seed, balanced=True)
 
 
 def _train_plus(
-    model: ResidualQuantiser,
-    data: torch.Tensor,
-    settings: SemanticIdSettings,
-    seed: int,
-    warm: bool,
+    model: ResidualQuantiser, data: torch.Tensor, settings: SemanticIdSettings, seed: int
 ) -> None:
     """k-means places the codes; they and a residual encoder, at first the identity, train on."""
-    if not warm:
-        _place_codes(model, data, seed, warm)
+    _place_codes(model, data, seed)
     optimizer = torch.optim.Adam(model.parameters(), settings.learning_rate)
     _train_codes(model, data, settings, optimizer, _epochs(len(data), settings))
 
@@ -457,29 +562,27 @@ def _epoch(
     settings: SemanticIdSettings,
     optimizer: torch.optim.Optimizer,
     quantised: bool,
+    held: torch.Tensor | None = None,
 ) -> None:
     for batch in torch.randperm(len(data)).split(settings.batch_size):
         optimizer.zero_grad()
-        model.loss(data[batch], settings.commitment, quantised).backward()
+        own = None if held is None else held[batch]
+        model.loss(data[batch], settings.commitment, quantised, own).backward()
         optimizer.step()
 
 
 @torch.no_grad()
 def _place_codes(
-    model: ResidualQuantiser, data: torch.Tensor, seed: int, warm: bool, balanced: bool = False
+    model: ResidualQuantiser, data: torch.Tensor, seed: int, balanced: bool = False
 ) -> None:
-    """k-means on what each level is left with, from the codes as they are where they are `warm`.
-
-    Spare codes (fewer vectors than codes) repeat vectors.
-    """
+    """k-means on what each level is left with; codes beyond the number of vectors repeat some."""
     residual = model.latent(data)
     for level, codebook in enumerate(model.codebooks):
         points = np.resize(residual.numpy(), (max(len(residual), len(codebook)), codebook.shape[1]))
         kmeans = faiss.Kmeans(
             points.shape[1], len(codebook), niter=25, seed=seed + level, min_points_per_centroid=1
         )
-        first = codebook.numpy() if warm else None
-        kmeans.train(np.ascontiguousarray(points, np.float32), init_centroids=first)
+        kmeans.train(np.ascontiguousarray(points, np.float32))
         codebook.copy_(torch.from_numpy(np.array(kmeans.centroids, np.float32)))
         if balanced:
             _balance(model, level, residual)
@@ -510,13 +613,17 @@ def _balance(model: ResidualQuantiser, level: int, points: torch.Tensor) -> None
 
 
 @torch.no_grad()
-def _revive_dead_codes(model: ResidualQuantiser, data: torch.Tensor) -> None:
-    """Move codes that no ad uses onto the residuals that their level fits worst."""
-    codes, residuals, chosen = model.quantise(model.latent(data))
+def _revive_dead_codes(
+    model: ResidualQuantiser, data: torch.Tensor, held: torch.Tensor | None = None
+) -> None:
+    """Move codes that nobody has onto the residuals, not held ones, that their level fits worst."""
+    codes, residuals, chosen = model.quantise(model.latent(data), held)
     for level, codebook in enumerate(model.codebooks):
         dead = (torch.bincount(codes[:, level], minlength=len(codebook)) == 0).nonzero()[:, 0]
         error = (residuals[:, level] - chosen[:, level]).square().sum(1)
-        worst = error.topk(min(len(dead), len(error))).indices
+        if held is not None:
+            error = error.where(held[:, level] < 0, -1.0)
+        worst = error.topk(min(len(dead), int((error >= 0).sum()))).indices
         codebook[dead[: len(worst)]] = residuals[worst, level]
 
 

@@ -35,7 +35,7 @@ from leadre_lib.facts import write_json
 FORMAT = 1
 MANIFEST = "manifest.json"
 LOCK_SECONDS = 600
-SUFFIXES = {".safetensors", ".npy", ".json", ".jinja", ".txt", ".faiss", ".model"}
+SUFFIXES = {".safetensors", ".npy", ".parquet", ".json", ".jinja", ".txt", ".faiss", ".model"}
 
 
 class ReleaseError(LeadreError):
@@ -89,7 +89,9 @@ def _listing(folder: Path) -> dict[str, dict[str, Any]]:
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
     for path in files:
         if path.suffix not in SUFFIXES:
-            raise ReleaseError(f"{path}: a release holds safetensors, arrays and JSON, not this")
+            raise ReleaseError(
+                f"{path}: a release holds safetensors, arrays, parquet and JSON, not this"
+            )
     return {
         path.relative_to(folder).as_posix(): {
             "sha256": _sha256(path),

@@ -215,7 +215,7 @@ champion of today: {{ champion.release if champion else "none yet" }};
 {% if results %}
 <h2>Results, test cases</h2>
 {{ results_of(results) }}
-<p class="muted">Fractions. Every method ranks the whole active catalogue for the same cases.</p>
+<p class="muted">Fractions. Every method ranks all active marketing objects for the same cases.</p>
 {% endif %}
 {% if valid %}
 <h2>Validation cases, which choose the champion</h2>
@@ -228,10 +228,14 @@ champion of today: {{ champion.release if champion else "none yet" }};
 {% if usage %}
 <h2>Semantic IDs</h2>
 {{ usage|safe }}
-<p>{{ facts.semantic_ids.ads }} ads, {{ facts.semantic_ids.new_ads }} new, codebook
-<code>{{ facts.semantic_ids.codebook }}</code>; {{ facts.semantic_ids.collision_rate|fraction }} of
-the ads collide before the last token, at most {{ facts.semantic_ids.largest_collision }} share
-their codes.</p>
+<p>{{ facts.semantic_ids.objects }} marketing objects, {{ facts.semantic_ids.new_objects }} new,
+codebook <code>{{ facts.semantic_ids.codebook }}</code>.
+{{ facts.semantic_ids.collision_rate|fraction }} of them collide before the last token, at most
+{{ facts.semantic_ids.largest_collision }} share their codes. Their reconstruction error is
+{{ facts.semantic_ids.error }} times what it was when the codebook came into use.</p>
+{% for reason in facts.semantic_ids.drift %}
+<p class="warn">The codebook has drifted: {{ reason }}. The next index rebuild refreshes it.</p>
+{% endfor %}
 {% endif %}
 <h2>Data</h2>
 {% if facts.curate %}

@@ -1,8 +1,8 @@
 """The bookkeeping of Semantic IDs: giving, keeping, writing and reading them.
 
-A Semantic ID (paper, arXiv 2411.13789, section 3.2) is one code a level and a last token, which
-tells apart the ads that the levels do not; it is written `<a_12><b_6><c_22><d_0>`. The codes come
-from a residual quantiser, see `quantisers`.
+A Semantic ID (paper, arXiv 2411.13789, section 3.2) names a marketing object. It is one code a
+level and a last token, which tells apart the objects that the levels do not; it is written
+`<a_12><b_6><c_22><d_0>`. The codes come from a residual quantiser, see `quantisers`.
 
 Knows nothing of embeddings, nor of the model that reads and writes the IDs.
 """
@@ -27,23 +27,24 @@ _TOKEN = re.compile(r"<([a-z])_(0|[1-9]\d*)>")
 
 
 def assign(
-    ad_ids: Sequence[str],
+    object_ids: Sequence[str],
     codes: Codes,
     previous: pa.Table | None,
     collision_codes: int = 64,
     alternatives: Codes | None = None,
 ) -> Codes:
-    """Full Semantic IDs: the codes and a last token that tells colliding ads apart.
+    """Full Semantic IDs: the codes and a last token that tells colliding objects apart.
 
-    An ad in `previous` keeps its ID whatever its text is now. The others, in the order of ad ids,
-    first take the nearest free code of the last level, where `alternatives` are given (as LC-Rec,
-    arXiv 2311.09049, section 3.2, spreads collisions over the last level); then the smallest last
-    token that no ad, past or present, has with the same codes.
+    An object in `previous` keeps its ID whatever its text is now. The others, in the order of their
+    ids, first take the nearest free code of the last level, where `alternatives` are given (as
+    LC-Rec, arXiv 2311.09049, section 3.2, spreads collisions over the last level); then the
+    smallest last token that no object, past or present, has with the same codes.
 
     Args:
-        ad_ids: distinct ids [n].
-        codes: int32 [n, levels], what the codebook says of each ad.
-        previous: columns `ad_id` (string) and `codes` (list of levels + 1 ints): all IDs so far.
+        object_ids: distinct ids [n].
+        codes: int32 [n, levels], what the codebook says of each object.
+        previous: columns `marketing_object_id` (string) and `codes` (list of levels + 1 ints): all
+            IDs so far; where the id is null, the ID is nobody's and not to be given.
         collision_codes: how many last tokens there are.
         alternatives: int32 [n, count], codes of the last level by preference.
 
@@ -51,12 +52,12 @@ def assign(
         int32 [n, levels + 1], no two rows equal.
 
     Raises:
-        LeadreError: an ad id occurs twice, `previous` is of another number of levels, or more ads
+        LeadreError: an id occurs twice, `previous` is of another number of levels, or more objects
             collide than there are last tokens.
     """
-    ids = pa.array(ad_ids, pa.string())
+    ids = pa.array(object_ids, pa.string())
     if pc.count_distinct(ids).as_py() != len(ids):
-        raise LeadreError("Semantic IDs: an ad id occurs twice in the catalogue")
+        raise LeadreError("Semantic IDs: a marketing object occurs twice in the catalogue")
     old_ids, old_codes = _previous(previous, codes.shape[1] + 1)
     row = pc.fill_null(pc.index_in(ids, old_ids), -1).to_numpy().astype(np.int64)
     order = pc.sort_indices(ids).to_numpy()
@@ -70,7 +71,7 @@ def assign(
     if len(tokens) and tokens.max() >= collision_codes:
         crowded = format_sid(fresh[tokens.argmax()][None])[0]
         raise LeadreError(
-            f"Semantic IDs: more than {collision_codes} ads share the codes {crowded}: raise"
+            f"Semantic IDs: more than {collision_codes} objects share the codes {crowded}: raise"
             " semantic_ids.collision_codes, or train a codebook with more codes or levels"
         )
     result = np.empty((len(ids), codes.shape[1] + 1), np.int32)
@@ -79,17 +80,46 @@ def assign(
     return result
 
 
+def codes_of(ids: pa.Table) -> Codes:
+    """The column `codes` of `ad_semantic_ids` as int32 [rows, levels + 1]."""
+    lists = ids["codes"].combine_chunks()
+    return lists.flatten().to_numpy().astype(np.int32).reshape(len(lists), -1)
+
+
 def _previous(previous: pa.Table | None, width: int) -> tuple[pa.Array, Codes]:
     if previous is None or not previous.num_rows:
         return pa.array([], pa.string()), np.empty((0, width), np.int32)
     lists = previous["codes"].combine_chunks()
     if pc.any(pc.not_equal(pc.list_value_length(lists), width)).as_py():
         raise LeadreError(
-            f"Semantic IDs: earlier IDs do not have {width} tokens; semantic_ids.levels has changed"
-            " since the codebook was trained: set it back or start a new home"
+            f"Semantic IDs: earlier IDs do not have {width} tokens, as the codebook writes them:"
+            " `ad_semantic_ids` and the codebook are of two homes"
         )
-    values = lists.flatten().to_numpy().astype(np.int32).reshape(-1, width)
-    return previous["ad_id"].combine_chunks().cast(pa.string()), values
+    return previous["marketing_object_id"].combine_chunks().cast(pa.string()), codes_of(previous)
+
+
+def alignment(
+    before: Codes, after: Codes, sizes: Sequence[int], wider: Sequence[int]
+) -> list[npt.NDArray[np.float64]]:
+    """What the codes of a refreshed codebook were called before.
+
+    Args:
+        before, after: int [objects, levels or more], the codes of the same objects.
+        sizes, wider: codes of each level, before and after.
+
+    Returns:
+        One array [codes after, codes before] a level: of the objects that have the code now, which
+        share had which code before. The row of a code that no object has is that of the code of
+        its number or, where there was none, zero.
+    """
+    shares = []
+    for level, (old, new) in enumerate(zip(sizes, wider, strict=True)):
+        counts = np.zeros((new, old))
+        np.add.at(counts, (after[:, level], before[:, level]), 1.0)
+        unused = np.flatnonzero(counts.sum(1) == 0)
+        counts[unused[unused < old], unused[unused < old]] = 1.0
+        shares.append(counts / counts.sum(1, keepdims=True).clip(min=1.0))
+    return shares
 
 
 def _row_numbers(rows: Codes) -> npt.NDArray[np.int64]:
@@ -98,10 +128,10 @@ def _row_numbers(rows: Codes) -> npt.NDArray[np.int64]:
 
 
 def _spread(codes: Codes, alternatives: Codes, taken: Codes) -> Codes:
-    """Give each ad the nearest last-level code that no ad before it has, by deferred acceptance.
+    """Give each the nearest last-level code that nobody before it has, by deferred acceptance.
 
-    Every round all ads ask for their current choice, the first ad keeps it, the others go on to
-    their next one. An ad that finds all its alternatives taken stays with its nearest code.
+    Every round all ask for their current choice, the first one keeps it, the others go on to their
+    next one. Whoever finds all alternatives taken stays with the nearest code.
     """
     prefix = _row_numbers(np.concatenate([taken[:, :-1], codes[:, :-1]]))
     width = max(taken.max(initial=0), codes.max(initial=0), alternatives.max(initial=0)) + 1
@@ -123,7 +153,7 @@ def _spread(codes: Codes, alternatives: Codes, taken: Codes) -> Codes:
 def _free_tokens(
     used_base: npt.NDArray[np.int64], used_token: Codes, new_base: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64]:
-    """For each new ad, in order, the smallest token not in use with its base.
+    """For each new object, in order, the smallest token not in use with its base.
 
     A base with m new and u used ads has its m free tokens among 0 … m + u - 1.
     """
@@ -173,17 +203,17 @@ def code_usage(codes: Codes, sizes: Sequence[int]) -> dict[str, Any]:
     """How well a catalogue uses the codes.
 
     Args:
-        codes: int [ads, levels or more]; columns after the levels (the last token) do not count.
+        codes: int [objects, levels or more]; later columns (the last token) do not count.
         sizes: codes of each level.
 
     Returns:
-        `ads`; `collision_rate`: 1 - distinct IDs / ads, before the last token;
-        `largest_collision`: ads of the most crowded ID; `levels`: for each, `level` (its letter),
-        `size`, `used` (codes), `used_share` and `entropy` (bits, at most log2 of `size`).
+        `objects`; `collision_rate`: 1 - distinct IDs / objects, before the last token;
+        `largest_collision`: objects of the most crowded ID; `levels`: for each, `level` (its
+        letter), `size`, `used` (codes), `used_share` and `entropy` (bits, at most log2 of `size`).
     """
     bases = np.asarray(codes)[:, : len(sizes)]
     if not len(bases):
-        return {"ads": 0, "collision_rate": 0.0, "largest_collision": 0, "levels": []}
+        return {"objects": 0, "collision_rate": 0.0, "largest_collision": 0, "levels": []}
     crowd = np.unique(bases, axis=0, return_counts=True)[1]
     levels = []
     for letter, column, size in zip(string.ascii_lowercase, bases.T, sizes, strict=False):
@@ -198,7 +228,7 @@ def code_usage(codes: Codes, sizes: Sequence[int]) -> dict[str, Any]:
             }
         )
     return {
-        "ads": len(bases),
+        "objects": len(bases),
         "collision_rate": 1 - len(crowd) / len(bases),
         "largest_collision": int(crowd.max()),
         "levels": levels,

@@ -46,7 +46,7 @@ def walks(
     count, among = len(starts), min(neighbours, len(vectors) - 1)
     if among < 1:
         return starts[:, None]
-    index, walk = EmbeddingIndex.build(vectors), np.arange(count)
+    index, walk = EmbeddingIndex.build(vectors, "flat"), np.arange(count)
     path = np.empty((count, steps + 1), np.int64)
     path[:, 0] = starts
     for step in range(1, steps + 1):

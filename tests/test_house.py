@@ -33,6 +33,7 @@ FLOORS: list[set[str]] = [
         "training_rank",
         "decoding",
         "generation",
+        "assignment",
         "inference",
         "retrieval",
         "synthetic",

@@ -131,6 +131,7 @@ def assign_ids(lake: Lake, ds: dt.date) -> None:
     records = [
         {
             "ad_id": item["ad_id"],
+            "marketing_object_id": item["marketing_object_id"],
             "semantic_id": f"<a_{n}><b_0>",
             "codes": [n, 0],
             "text_hash": text_hash,

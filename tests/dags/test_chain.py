@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
@@ -120,11 +121,11 @@ def test_candidates_are_active_ads_of_every_active_user(world: Settings, day: dt
     ads = catalogue(
         lake.read("ads", day), lake.read("ad_semantic_ids", day), day + dt.timedelta(days=1)
     )
-    assert ads.active[ads.rows(found["ad_id"])].all()
+    assert ads.active[ads.ad_rows(found["ad_id"])].all()
     assert set(found["user_id"].to_pylist()) == set(
         lake.read("user_prompts", day)["user_id"].to_pylist()
     )
-    assert pc.max(found["rank"]).as_py() == 10
+    assert ads.active_objects[ads.object_rows(found["ad_id"])].all()
     champion = Releases(world.releases).champion()
     assert champion is not None
     assert pc.unique(found["release"]).to_pylist() == [champion.id]
@@ -133,15 +134,22 @@ def test_candidates_are_active_ads_of_every_active_user(world: Settings, day: dt
     user = found["user_id"][0].as_py()
     mine = found.filter(pc.equal(found["user_id"], user)).sort_by("rank")
     assert [c["ad_id"] for c in store.candidates(user)] == mine["ad_id"].to_pylist()
+    # Ten objects, each with all of its active ads.
+    sids = mine["semantic_id"].to_pylist()
+    assert len(set(sids)) == 10
+    sold = ads.active & np.isin(ads.owner, ads.object_rows(mine["ad_id"]))
+    assert len(mine) == int(sold.sum())
 
 
-def test_ads_keep_their_ids_and_no_two_share_one(world: Settings, day: dt.date) -> None:
+def test_objects_keep_their_ids_and_no_two_share_one(world: Settings, day: dt.date) -> None:
     lake = Lake(world.lake)
     before = lake.read("ad_semantic_ids", day - dt.timedelta(days=1)).to_pylist()
-    after = {r["ad_id"]: r["semantic_id"] for r in lake.read("ad_semantic_ids", day).to_pylist()}
+    after = {r["ad_id"]: r for r in lake.read("ad_semantic_ids", day).to_pylist()}
     assert len(after) > len(before)
-    assert all(after[row["ad_id"]] == row["semantic_id"] for row in before)
-    assert len(set(after.values())) == len(after)
+    assert all(after[row["ad_id"]]["semantic_id"] == row["semantic_id"] for row in before)
+    pairs = {(r["marketing_object_id"], r["semantic_id"]) for r in after.values()}
+    assert len(pairs) == len({owner for owner, _ in pairs}) == len({sid for _, sid in pairs})
+    assert len(pairs) < len(after)  # some objects have several ads
 
 
 def test_the_report_tells_the_day(world: Settings, day: dt.date) -> None:
@@ -218,8 +226,9 @@ def test_a_stopped_ad_leaves_the_indexes_without_training(world: Settings, day: 
     ads = catalogue(
         lake.read("ads", day), lake.read("ad_semantic_ids", day), day + dt.timedelta(days=1)
     )
-    rows_of = ads.rows(pa.array([active["ad_id"], "brand-new"]))
+    rows_of = ads.ad_rows(pa.array([active["ad_id"], "brand-new"]))
     assert ads.active[rows_of].tolist() == [False, True]
+    assert len(set(ads.owner[rows_of].tolist())) == 1
 
 
 def test_a_mixed_release_is_refused(world: Settings, day: dt.date, tmp_path: Path) -> None:

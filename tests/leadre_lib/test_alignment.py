@@ -17,9 +17,10 @@ from leadre_lib.alignment import (
     preference_pairs,
     sft_examples,
     synthetic_examples,
+    text_tasks,
 )
 from leadre_lib.contracts import load_contract
-from leadre_lib.curation import curate_events
+from leadre_lib.curation import curate_ads, curate_events
 from leadre_lib.interests import interests
 from leadre_lib.prompts import prompts
 from leadre_lib.settings import ExampleSettings, InterestSettings
@@ -95,6 +96,56 @@ def test_events_are_judged_once_and_with_a_reason(spark: SparkSession) -> None:
     assert sorted(kept) == ["c01", "c02", "c03", "e01", "e02", "e03", "e04", "e05", "e07"]
     assert kept["e02"]["title"] == "Trail running shoes"
     assert kept["e02"]["category"] == "sports/running"
+
+
+def test_an_ad_is_worth_the_mean_of_its_impressions(spark: SparkSession) -> None:
+    events = [
+        ad_event("i1", "u1", "a1", "impression", at(DAY0, 8), ecpm=4.0),
+        ad_event("i2", "u2", "a1", "impression", at(DAY0, 9), ecpm=1.0),
+        ad_event("i3", "u2", "a1", "click", at(DAY0, 9), ecpm=90.0),
+        ad_event("i4", "u1", "a2", "impression", at(DAY0, 9)),
+    ]
+    raw = frame(spark, "raw_ads", ADS)
+    worth = {
+        r["ad_id"]: r["ecpm"] for r in curate_ads(raw, behaviours(spark, events, [])).collect()
+    }
+    assert worth == {"a1": 2.5, "a2": None, "a3": None, "a4": None}
+    unknown = curate_ads(raw, None).collect()
+    assert [row["ecpm"] for row in unknown] == [None] * 4
+    assert all(len(row["text_hash"]) == 64 for row in unknown)
+
+
+def siblings(spark: SparkSession) -> tuple[DataFrame, DataFrame]:
+    """The ads, and IDs in which a3 sells what a1 sells."""
+    shared = [{**ad, "marketing_object_id": "a1"} if ad["ad_id"] == "a3" else ad for ad in ADS]
+    codes = {"a1": 0, "a2": 1, "a3": 0, "a4": 3}
+    records = [(name, f"<a_{code}><b_0>", "book") for name, code in codes.items()]
+    ids = spark.createDataFrame(records, "ad_id string, semantic_id string, codebook string")
+    return frame(spark, "ads", [{**ad, "text_hash": "0" * 64} for ad in shared]), ids
+
+
+def test_all_names_lead_to_the_object_and_it_answers_with_its_first(spark: SparkSession) -> None:
+    rows = text_tasks(*siblings(spark)).collect()
+    asked = {r["ad_id"]: r["response"] for r in rows if r["task"] == "text_to_sid"}
+    assert asked == {
+        "a1": "<a_0><b_0>",
+        "a2": "<a_1><b_0>",
+        "a3": "<a_0><b_0>",
+        "a4": "<a_3><b_0>",
+    }
+    told = {r["prompt"]: r["ad_id"] for r in rows if r["task"] == "sid_to_text"}
+    assert sorted(told.values()) == ["a1", "a2", "a4"]
+
+
+def test_two_ads_of_one_object_are_no_pair(spark: SparkSession) -> None:
+    stream = behaviours(spark, DAY0_AD_EVENTS, DAY0_CONTENT_EVENTS)
+    users = frame(spark, "users", USERS)
+    other = EXAMPLES.model_copy(update={"cutoff": "event"})
+    apart = preference_pairs(stream, users, ids(spark), other, WINDOW, 1).collect()
+    assert {(row["chosen"], row["rejected"]) for row in apart} >= {("<a_0><b_0>", "<a_2><b_0>")}
+    one = preference_pairs(stream, users, siblings(spark)[1], other, WINDOW, 1).collect()
+    assert all(row["chosen"] != row["rejected"] for row in one)
+    assert len(one) < len(apart)
 
 
 def test_of_two_rows_of_one_event_the_same_one_stays_whatever_the_order(

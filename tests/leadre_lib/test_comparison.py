@@ -40,6 +40,7 @@ def semantic_ids(names: list[str], codebook: str = "book") -> list[dict[str, obj
     return [
         {
             "ad_id": name,
+            "marketing_object_id": name,
             "semantic_id": f"<a_{n}>",
             "codes": [n, 0],
             "text_hash": "",

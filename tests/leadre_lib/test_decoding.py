@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from leadre_lib.constraint_index import ConstraintIndex
+from leadre_lib.constraint_index import DENSE_LIMIT, ConstraintIndex
 from leadre_lib.decoding import BeamDecoder
 from leadre_lib.errors import LeadreError
 from leadre_lib.model import build_model, build_tokenizer, sid_token_ids, sid_tokens
@@ -56,6 +56,13 @@ def codes() -> np.ndarray:
     return np.stack(np.unravel_index(flat, SIZES), axis=1).astype(np.int32)
 
 
+@pytest.fixture(scope="module", params=[DENSE_LIMIT, 0], ids=["tables", "compressed"])
+def index(request: pytest.FixtureRequest, codes: np.ndarray) -> ConstraintIndex:
+    index = ConstraintIndex.build(codes, SIZES, dense_limit=request.param)
+    assert index.dense == (len(SIZES) if request.param else 0)
+    return index
+
+
 def decoder(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
@@ -81,8 +88,8 @@ def exhaustive(
     return logp.gather(2, torch.tensor(tokens)[:, :, None])[:, :, 0].sum(1).numpy()
 
 
-def test_equals_exhaustive_scoring(model, tokenizer, codes) -> None:
-    ads, scores = decoder(model, tokenizer, ConstraintIndex.build(codes, SIZES)).decode(PROMPTS, 64)
+def test_equals_exhaustive_scoring(model, tokenizer, codes, index) -> None:
+    ads, scores = decoder(model, tokenizer, index).decode(PROMPTS, 64)
     for row, prompt in enumerate(PROMPTS):
         truth = exhaustive(model, tokenizer, codes, prompt)
         assert ads[row, :ADS].tolist() == np.argsort(-truth).tolist()
@@ -92,15 +99,13 @@ def test_equals_exhaustive_scoring(model, tokenizer, codes) -> None:
 
 
 @pytest.mark.parametrize("beam", [3, 8])
-def test_equals_generate(model, tokenizer, codes, beam) -> None:
+def test_equals_generate(model, tokenizer, codes, index, beam) -> None:
     tokens = np.stack([t[codes[:, i]] for i, t in enumerate(sid_token_ids(tokenizer, SIZES))], 1)
     nexts: dict[tuple[int, ...], set[int]] = {}
     for row in tokens.tolist():
         for level in range(len(SIZES)):
             nexts.setdefault(tuple(row[:level]), set()).add(row[level])
-    ads, scores = decoder(model, tokenizer, ConstraintIndex.build(codes, SIZES), beam).decode(
-        PROMPTS, beam
-    )
+    ads, scores = decoder(model, tokenizer, index, beam).decode(PROMPTS, beam)
     for row, prompt in enumerate(PROMPTS):
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         length = ids.shape[1]
@@ -132,8 +137,8 @@ def test_batching_and_order_change_nothing(model, tokenizer, codes) -> None:
         np.testing.assert_allclose(other[1], together[1], atol=2e-4)
 
 
-def test_excluded_ads_give_their_place_to_the_next(model, tokenizer, codes) -> None:
-    search = decoder(model, tokenizer, ConstraintIndex.build(codes, SIZES))
+def test_excluded_ads_give_their_place_to_the_next(model, tokenizer, index) -> None:
+    search = decoder(model, tokenizer, index)
     ads, scores = search.decode(PROMPTS, 10)
     exclude = [row[[4, 0]] for row in ads]
     exclude[2] = np.array([], np.int64)
@@ -146,24 +151,42 @@ def test_excluded_ads_give_their_place_to_the_next(model, tokenizer, codes) -> N
         search.decode(PROMPTS, 8, [np.array([ADS])] * len(PROMPTS))
 
 
-def test_writes_active_ads_only(model, tokenizer, codes) -> None:
-    index = ConstraintIndex.build(codes, SIZES)
+def test_writes_active_ads_only(model, tokenizer, index) -> None:
     active = np.zeros(ADS, bool)
     active[[3, 17, 30]] = True
     for beam in (2, 8):
-        ads, scores = decoder(model, tokenizer, index.active(active), beam).decode(PROMPTS, beam)
+        ads, scores = decoder(model, tokenizer, index.with_active(active), beam).decode(
+            PROMPTS, beam
+        )
         assert set(np.unique(ads)) <= {-1, 3, 17, 30}
         assert ((ads >= 0) == np.isfinite(scores)).all()
     assert sorted(ads[0, :3].tolist()) == [3, 17, 30]
-    nothing = decoder(model, tokenizer, index.active(np.zeros(ADS, bool))).decode(PROMPTS, 2)
+    nothing = decoder(model, tokenizer, index.with_active(np.zeros(ADS, bool))).decode(PROMPTS, 2)
     assert (nothing[0] == -1).all()
 
 
-def test_equal_scores_go_by_code(model, tokenizer, codes) -> None:
+def test_a_new_mask_acts_like_a_new_decoder(model, tokenizer, index) -> None:
+    search = decoder(model, tokenizer, index, beam=8)
+    before = search.decode(PROMPTS, 8)
+    active = np.ones(ADS, bool)
+    active[before[0][:, :3].ravel()] = False
+    search.set_active(active)
+    stopped = search.decode(PROMPTS, 8)
+    afresh = decoder(model, tokenizer, index.with_active(active), beam=8).decode(PROMPTS, 8)
+    search.set_active(np.ones(ADS, bool))
+    for found, expected in ((stopped, afresh), (search.decode(PROMPTS, 8), before)):
+        assert found[0].tolist() == expected[0].tolist()
+        assert found[1].tolist() == expected[1].tolist()
+    assert active[stopped[0][stopped[0] >= 0]].all()
+    with pytest.raises(LeadreError, match="mask"):
+        search.set_active(active[1:])
+
+
+def test_equal_scores_go_by_code(model, tokenizer, codes, index) -> None:
     flat = build_model(ModelSettings(hidden_size=32, layers=1), tokenizer, seed=1)
     with torch.no_grad():
         flat.get_output_embeddings().weight.zero_()
-    ads, _ = decoder(flat, tokenizer, ConstraintIndex.build(codes, SIZES)).decode(PROMPTS, ADS)
+    ads, _ = decoder(flat, tokenizer, index).decode(PROMPTS, ADS)
     assert ads[0].tolist() == np.lexsort(codes.T[::-1]).tolist()
 
 

@@ -26,6 +26,7 @@ def ads() -> Catalogue:
     ids = [
         {
             "ad_id": ad["ad_id"],
+            "marketing_object_id": ad["marketing_object_id"],
             "semantic_id": f"<a_{n}><b_0>",
             "codes": [n, 0],
             "text_hash": "",
@@ -43,7 +44,7 @@ def decoder(ads: Catalogue) -> BeamDecoder:
     tokenizer = build_tokenizer(prompts, sid_tokens(SIZES), 300)
     sizes = ModelSettings(hidden_size=16, intermediate_size=16, layers=1, heads=2, kv_heads=1)
     model = build_model(sizes, tokenizer, 1)
-    index = ConstraintIndex.build(ads.codes, SIZES, ads.active_rows())
+    index = ConstraintIndex.build(ads.codes, SIZES, ads.active_objects)
     settings = DecodingSettings(beam=3, top_k=3)
     return BeamDecoder(model, tokenizer, index, sid_token_ids(tokenizer, SIZES), settings, 64)
 

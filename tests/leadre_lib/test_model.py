@@ -14,6 +14,7 @@ from leadre_lib.model import (
     add_sid_tokens,
     build_model,
     build_tokenizer,
+    follow_alignment,
     load,
     load_base,
     save,
@@ -137,3 +138,30 @@ def test_any_causal_model_gets_the_tokens(tmp_path: Path) -> None:
 def test_a_missing_base_is_named(tmp_path: Path) -> None:
     with pytest.raises(LeadreError, match="no/such"):
         load_base(str(tmp_path / "no/such"))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_follow_their_codes_to_a_refreshed_codebook(tied: bool) -> None:
+    tokenizer = build_tokenizer(TEXTS, sid_tokens((3, 2, 2)), 300)
+    model = build_model(SMALL, tokenizer, 1)
+    if not tied:
+        model.config.tie_word_embeddings = False
+        output = model.get_output_embeddings()
+        output.weight = torch.nn.Parameter(torch.randn_like(output.weight))
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    before = [layer.weight.detach().clone() for layer in layers]
+    first, second, last = sid_token_ids(tokenizer, (3, 2, 2))
+    # Of level a, code 0 stays, 1 has what 1 and 2 had, 2 is nobody's; 3 is new and has some of 0.
+    shares = [np.array([[1, 0, 0], [0, 0.5, 0.5], [0, 0, 1], [1, 0, 0]], float), np.eye(2)]
+    follow_alignment(model, tokenizer, (4, 2, 2), shares, seed=3)
+    new = sid_token_ids(tokenizer, (4, 2, 2))[0][3]
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    for layer, old in zip(layers, before, strict=True):
+        weight = layer.weight.detach()
+        assert torch.equal(weight[first[0]], old[first[0]])
+        assert torch.equal(weight[first[2]], old[first[2]])
+        torch.testing.assert_close(weight[first[1]], old[[first[1], first[2]]].mean(0))
+        assert torch.equal(weight[new], old[first[0]])
+        for ids in (second, last):
+            assert torch.equal(weight[torch.tensor(ids)], old[torch.tensor(ids)])
+        assert torch.equal(weight[: first[0]], old[: first[0]])

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from leadre_lib.errors import LeadreError
-from leadre_lib.quantisers import Codebook, catalogue_sizes, train_codebook
+from leadre_lib.quantisers import Codebook, catalogue_sizes, refit_codebook, train_codebook
 from leadre_lib.semantic_ids import assign, code_usage
 from leadre_lib.settings import METHODS, SemanticIdSettings
 
@@ -103,20 +103,34 @@ def test_balance_uses_the_codes_alike(vectors: np.ndarray) -> None:
     assert sum(entropy["rq-kmeans-balanced"]) > sum(entropy["rq-kmeans"])
 
 
-def test_a_refresh_keeps_the_meaning_of_the_numbers(codebook: Codebook) -> None:
+def test_a_refresh_holds_codes_and_fits_the_rest(codebook: Codebook) -> None:
     vectors = clustered(480)
-    moved = vectors[: 12 * 30]  # nine of the twelve clusters
-    old = train_codebook(moved, by(codebook.config["method"]), seed=5)
-    new = train_codebook(vectors, by("rq-kmeans"), seed=6, start=old)
-    assert new.config["method"] == old.config["method"]
+    known = vectors[: 12 * 30]  # nine of the twelve clusters
+    old = train_codebook(known, by(codebook.config["method"]), seed=5)
+    codes, free = old.encode(vectors), np.arange(480) >= 12 * 30
+    new = refit_codebook(old, vectors, codes, free, SETTINGS, 1)
+    assert refit_codebook(old, vectors, codes, free, SETTINGS, 1).version == new.version
     assert new.config["refreshed_from"] == old.version
     assert new.sizes == old.sizes
-    rest = vectors[12 * 30 :]
-    before = old.errors(rest, old.encode(rest)).mean()
-    assert new.errors(rest, new.encode(rest)).mean() < 0.8 * before
-    kept = (new.encode(moved) == old.encode(moved))[:, 0].mean()
-    other = train_codebook(vectors, by(codebook.config["method"]), seed=6)
-    assert kept > 3 * (other.encode(moved) == old.encode(moved))[:, 0].mean()
+    before = old.errors(vectors[free], codes[free]).mean()
+    assert new.errors(vectors[free], new.encode(vectors[free])).mean() < 0.9 * before
+    held = new.errors(known, codes[~free]).mean() / old.errors(known, codes[~free]).mean()
+    assert held < 3  # three clusters of twelve are new, and crowd into codes that others have
+    nothing = refit_codebook(old, known, codes[~free], np.zeros(len(known), bool), SETTINGS, 1)
+    assert nothing.errors(known, codes[~free]).mean() < 1.05 * old.error
+
+
+def test_a_refresh_adds_codes_to_a_catalogue_that_grew(vectors: np.ndarray) -> None:
+    free = SETTINGS.model_copy(update={"codes": 0, "method": "rq-kmeans-balanced"})
+    old = train_codebook(vectors[:60], free, seed=5)
+    assert old.sizes == [16] * 3
+    codes, loose = old.encode(vectors), np.arange(480) >= 60
+    new = refit_codebook(old, vectors, codes, loose, free, 1)
+    assert new.sizes == [64] * 3
+    natural = new.encode(vectors[60:])
+    assert (natural >= 16).mean() > 0.1
+    errors = [book.errors(vectors[60:], book.encode(vectors[60:])).mean() for book in (old, new)]
+    assert errors[1] < 0.7 * errors[0]
 
 
 def test_sizes_follow_the_catalogue_unless_they_are_named() -> None:

@@ -11,7 +11,9 @@ from leadre_lib.semantic_ids import assign, code_usage, format_sid, parse_sid
 
 
 def table(ids: dict[str, list[int]]) -> pa.Table:
-    return pa.table({"ad_id": list(ids), "codes": pa.array(ids.values(), pa.list_(pa.int32()))})
+    return pa.table(
+        {"marketing_object_id": list(ids), "codes": pa.array(ids.values(), pa.list_(pa.int32()))}
+    )
 
 
 def test_colliding_ads_take_the_smallest_free_token_in_the_order_of_ids() -> None:
@@ -54,14 +56,14 @@ def test_alternatives_spread_collisions_over_the_last_level() -> None:
 
 
 def test_a_crowded_code_is_named() -> None:
-    with pytest.raises(LeadreError, match=r"more than 2 ads share the codes <a_1><b_2>"):
+    with pytest.raises(LeadreError, match=r"more than 2 objects share the codes <a_1><b_2>"):
         assign(["a", "b", "c"], np.array([[1, 2]] * 3, np.int32), None, collision_codes=2)
 
 
 def test_what_assign_refuses() -> None:
     with pytest.raises(LeadreError, match="twice"):
         assign(["a", "a"], np.zeros((2, 2), np.int32), None)
-    with pytest.raises(LeadreError, match="levels"):
+    with pytest.raises(LeadreError, match="do not have 3 tokens"):
         assign(["a"], np.zeros((1, 2), np.int32), table({"b": [1, 2]}))
 
 
@@ -88,7 +90,7 @@ def test_what_is_no_semantic_id(text: str) -> None:
 def test_code_usage_by_hand() -> None:
     codes = np.array([[0, 1, 0], [0, 1, 1], [0, 2, 0], [3, 2, 0]])
     usage = code_usage(codes, [4, 4])
-    assert usage["ads"] == 4
+    assert usage["objects"] == 4
     assert usage["collision_rate"] == 0.25
     assert usage["largest_collision"] == 2
     assert usage["levels"][1] == {
