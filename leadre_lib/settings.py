@@ -125,7 +125,7 @@ class SemanticIdSettings(Section):
     last level an object looks for a free one before it shares its codes with another (1: none).
     """
 
-    method: Method = "rq-vae"
+    method: Method = "rq-kmeans-balanced"
     levels: int = Field(0, ge=0, le=25, description="0: as many as the catalogue needs")
     codes: int = Field(0, ge=0, description="of a level; 0: as many as the catalogue needs")
     collision_codes: PositiveInt = 64

@@ -220,7 +220,7 @@ def test_a_stopped_ad_leaves_the_indexes_without_training(world: Settings, day: 
     assert done.returncode == 0, done.stderr
     child = releases.champion()
     assert child is not None
-    assert child.manifest["parents"] == {"release": parent.id}
+    assert child.manifest["parents"]["release"] == parent.id
     listed = {n: f["sha256"] for n, f in child.manifest["files"].items() if "model/" in n}
     assert listed == {n: f["sha256"] for n, f in parent.manifest["files"].items() if "model/" in n}
     ads = catalogue(
