@@ -44,7 +44,9 @@ with daily_dag("leadre_daily", settings, DOC, ("leadre", "daily", "ads", "traini
         "curate", settings, "Users, ads, and one behaviour stream of the ad and content domains."
     )
     semantic_ids = job_task(
-        "semantic_ids", settings, "A Semantic ID for every ad; ads that have one keep it."
+        "semantic_ids",
+        settings,
+        "A Semantic ID for every marketing object; those that have one keep it.",
     )
     interests = job_task(
         "interests", settings, "Long-term and short-term interests, and the prompt of every user."

@@ -11,8 +11,10 @@ from leadre_lib.settings import load_settings
 
 DOC = """
 ### Index rebuild
-Gives the day's new ads a Semantic ID and takes its stopped ads out, as a child release of the
-champion with the same model. Trigger it *between* daily runs, when the day's `raw_ads` have been
+Gives the day's new marketing objects a Semantic ID and takes its stopped ads out, as a child
+release of the champion with the same model. Where the codebook has drifted from the catalogue it is
+refreshed: at most `semantic_ids.max_moved` of the unchanged objects get another ID, and the model's
+embeddings follow. Trigger it *between* daily runs, when the day's `raw_ads` have been
 landed again: a run of `leadre_daily` under way would find that the champion has changed under it.
 It waits for the champion's lock: never at the same time as a promotion.
 """

@@ -113,6 +113,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     table = pa.Table.from_pylist(rows, load_contract("metrics").arrow_schema())
     with session(settings) as spark:
         publish(spark, settings, lake, "metrics", ds, table)
+    verdict["codebook"] = ads.codebook
     facts.write_json(settings.work(ds) / "evaluation.json", verdict)
     print(
         f"challenger: {verdict['challenger']}; promote: {verdict['promote']}: {verdict['reason']}"

@@ -47,11 +47,16 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
         parent = releases.champion(before=next_day)
         assert parent is not None
         ads, published = lake.read("ads", ds), lake.read("ad_semantic_ids", ds)
-        codebook, rows = _in_words_of(settings, parent, ads, published, next_day, args.refresh)
+        codebook, rows = _in_words_of(settings, parent, ads, published, ds, args.refresh)
+        if rows is not published:  # they are replaced, and not what the release is made of
+            del lake.reads[lake.partition("ad_semantic_ids", ds).name]
         now = catalogue(ads, rows, next_day)
         work, sizes = settings.work(ds) / "index_rebuild", sid_sizes(codebook.sizes, settings)
         parts = build_indexes(now, sizes, settings, work)
         told: dict[str, object] = {}
+        if (parent.folder / MOVED).exists() and parent.manifest["ds"] == str(ds):
+            # The day's own refresh stays on record, and a rerun gives the same release.
+            parts[MOVED], told = parent.folder / MOVED, parent.manifest["refresh"]
         if codebook.version != parent.codebook:
             moves = _compare(parent, rows, codebook)
             parts |= _follow(parent, moves, sizes, work, settings)
@@ -101,7 +106,7 @@ def _in_words_of(
     parent: Release,
     ads: pa.Table,
     published: pa.Table,
-    day: dt.date,
+    ds: dt.date,
     wanted: bool,
 ) -> tuple[Codebook, pa.Table]:
     """The codebook of the child and the rows of `ad_semantic_ids` in its words.
@@ -112,15 +117,17 @@ def _in_words_of(
     codebook = Codebook.load(settings.codebooks / published["codebook"][0].as_py())
     if codebook.version != parent.codebook:
         if codebook.config["refreshed_from"] != parent.codebook:
-            parent.require_codebook(codebook.version, f"`ad_semantic_ids` of {day}")
+            parent.require_codebook(codebook.version, f"`ad_semantic_ids` of ds={ds}")
         print(f"going on with the refresh to codebook {codebook.version}")
         return codebook, published
+    day = ds + dt.timedelta(days=1)
     seen = drift(catalogue(ads, published, day), codebook, settings)
     reasons = seen.reasons or (["it was asked for"] if wanted else [])
     if not reasons:
         return codebook, published
     print(f"refreshing codebook {codebook.version}: {'; '.join(reasons)}")
-    fresh, rows = refresh(ads, published, codebook, settings, day)
+    settled = read_objects(parent)["marketing_object_id"]
+    fresh, rows = refresh(ads, published, settled, codebook, settings, day)
     fresh.save(settings.codebooks / fresh.version)
     return fresh, rows
 

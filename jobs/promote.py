@@ -8,13 +8,30 @@ to; `infer` and `publish` of the day then bring its candidates.
 from __future__ import annotations
 
 import argparse
+import datetime as dt
 import json
 
 from jobs.command import main, parser
 from leadre_lib import facts
-from leadre_lib.errors import NothingToDo
-from leadre_lib.release import Releases
+from leadre_lib.errors import LeadreError, NothingToDo
+from leadre_lib.lake import Lake
+from leadre_lib.release import Release, Releases
 from leadre_lib.settings import Settings
+
+
+def _require_words(settings: Settings, ds: dt.date, chosen: Release) -> None:
+    """Refuse a release that would misread the day's Semantic IDs."""
+    lake = Lake(settings.lake)
+    if not lake.has("ad_semantic_ids", ds):
+        return
+    spoken = lake.read("ad_semantic_ids", ds, ["codebook"])["codebook"][0].as_py()
+    if spoken != chosen.codebook:
+        raise LeadreError(
+            f"release {chosen.id} speaks codebook {chosen.codebook}, but `ad_semantic_ids` of"
+            f" ds={ds} {spoken}: restore that partition to a version from before the refresh"
+            f" (jobs.lake history ad_semantic_ids, jobs.lake restore ad_semantic_ids --ds {ds}"
+            f" --version …), run interests of the day again, and then this"
+        )
 
 
 def run(args: argparse.Namespace, settings: Settings) -> None:
@@ -22,6 +39,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     ds, work, releases = args.ds, settings.work(args.ds), Releases(settings.releases)
     if args.release:
         chosen = releases.open(args.release)
+        _require_words(settings, ds, chosen)
         with releases.lock():
             releases.promote(ds, chosen.id, "chosen by hand", rebuild=True)
         print(f"{chosen.id} is the champion as of {ds}; run infer and publish of that day")

@@ -13,7 +13,7 @@ import json
 from jobs.command import main, parser
 from leadre_lib import facts
 from leadre_lib.catalogue import catalogue
-from leadre_lib.errors import NothingToDo
+from leadre_lib.errors import LeadreError, NothingToDo
 from leadre_lib.generation import sid_sizes
 from leadre_lib.indexes import build_indexes, check_indexes
 from leadre_lib.lake import Lake, code_version
@@ -31,6 +31,11 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     verdict = json.loads(verdict_path.read_text("utf-8"))
     serving = ds + dt.timedelta(days=1)
     ads = catalogue(lake.read("ads", ds), lake.read("ad_semantic_ids", ds), serving)
+    if ads.codebook != verdict["codebook"]:
+        raise LeadreError(
+            f"the model of ds={ds} speaks codebook {verdict['codebook']}, but `ad_semantic_ids`"
+            f" {ads.codebook}: it was refreshed since; run the day again from `interests` on"
+        )
     codebook_folder = settings.codebooks / ads.codebook
     codebook = Codebook.load(codebook_folder)
     sizes = sid_sizes(codebook.sizes, settings)

@@ -21,6 +21,7 @@ from leadre_lib.errors import LeadreError
 from leadre_lib.lake import Lake
 from leadre_lib.quality import QualityError, publish
 from leadre_lib.quantisers import Codebook
+from leadre_lib.release import Releases
 from leadre_lib.semantic_ids import code_usage, codes_of
 from leadre_lib.settings import Settings
 from leadre_lib.spark import session
@@ -46,8 +47,9 @@ def _check_collisions(ds: dt.date, rate: float, limit: float) -> None:
     if rate > limit:
         raise QualityError(
             f"Semantic IDs of ds={ds}: {rate:.2%} of the objects collide before the last token,"
-            f" more than quality.max_collision_rate = {limit:.2%}: train a codebook with more codes"
-            f" (semantic_ids.codes); nothing was published"
+            f" more than quality.max_collision_rate = {limit:.2%}: on a first day, raise"
+            f" semantic_ids.codes; later, raise the limit for the day and then refresh the codebook"
+            f" (index_rebuild --refresh); nothing was published"
         )
 
 
@@ -67,8 +69,10 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
         f" codebook {codebook.version}, collisions before the last token"
         f" {usage['collision_rate']:.2%}"
     )
-    _check_collisions(ds, usage["collision_rate"], settings.quality.max_collision_rate)
-    seen = drift(catalogue(ads, rows, ds), codebook, settings)
+    # An index rebuild, which keeps the day's IDs, cures what this gate is there for.
+    if not args.keep:
+        _check_collisions(ds, usage["collision_rate"], settings.quality.max_collision_rate)
+    seen = drift(catalogue(ads, rows, ds + dt.timedelta(days=1)), codebook, settings)
     for reason in seen.reasons:
         print(f"the codebook has drifted, index_rebuild will refresh it: {reason}")
     facts.record(
@@ -83,6 +87,10 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     )
     with session(settings) as spark:
         publish(spark, settings, lake, "ad_semantic_ids", ds, rows)
+    releases = Releases(settings.releases)
+    with releases.lock():
+        # A run that is made again takes the day's refresh back with it.
+        releases.keep_codebook(ds, codebook.version)
 
 
 if __name__ == "__main__":

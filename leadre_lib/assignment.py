@@ -22,9 +22,18 @@ import pyarrow.compute as pc
 from leadre_lib.catalogue import Catalogue, catalogue, marketing_objects, object_texts
 from leadre_lib.embeddings import embed
 from leadre_lib.quantisers import Codebook, refit_codebook, train_codebook
-from leadre_lib.semantic_ids import Codes, alignment, assign, code_usage, codes_of, format_sid
+from leadre_lib.semantic_ids import (
+    Codes,
+    alignment,
+    assign,
+    code_lists,
+    code_usage,
+    codes_of,
+    format_sid,
+)
 from leadre_lib.settings import Settings
 
+LEAST_ERROR = 0.01  # a codebook that said everything drifts no sooner than one that errs so much
 DRIFT_SAMPLE = 65_536  # active objects whose reconstruction error is looked at
 WORTH_MOVING = 0.1  # of the codebook's error: what an object's own must lose by a move
 
@@ -89,6 +98,8 @@ def assign_day(
     if known is not None:
         seen = known["marketing_object_id"].combine_chunks()
         objects = objects.filter(pc.invert(pc.is_in(objects["marketing_object_id"], seen)))
+    if known is not None and not len(objects):
+        return _by_ad(ads, previous, known)
     vectors = embed(object_texts(objects), settings.embedding, settings.cache)
     codes = _assign(objects["marketing_object_id"], vectors, known, codebook, settings)
     ids = _rows(objects["marketing_object_id"], codes, objects["text_hash"], codebook)
@@ -104,7 +115,7 @@ def drift(ads: Catalogue, codebook: Codebook, settings: Settings) -> Drift:
         drawn = np.sort(chosen)
     texts = object_texts(ads.objects.take(pa.array(drawn)))
     vectors = embed(texts, settings.embedding, settings.cache)
-    error = codebook.errors(vectors, ads.codes[drawn]).mean() / max(codebook.error, 1e-9)
+    error = codebook.errors(vectors, ads.codes[drawn]).mean() / max(codebook.error, LEAST_ERROR)
     usage = code_usage(ads.codes[active], codebook.sizes)
     limits, reasons = settings.semantic_ids, []
     if error > limits.refresh_error:
@@ -122,17 +133,23 @@ def drift(ads: Catalogue, codebook: Codebook, settings: Settings) -> Drift:
 
 
 def refresh(
-    ads: pa.Table, previous: pa.Table, codebook: Codebook, settings: Settings, day: dt.date
+    ads: pa.Table,
+    previous: pa.Table,
+    settled: pa.ChunkedArray,
+    codebook: Codebook,
+    settings: Settings,
+    day: dt.date,
 ) -> tuple[Codebook, pa.Table]:
     """Refresh a codebook for the active objects; all that `previous` knows get IDs in its words.
 
-    Objects whose text has changed since they got their ID take the codes of what it says now. Of
-    the others at most `semantic_ids.max_moved` do, those whose error falls most. An ID that is
-    given up is not given to another object here.
+    Objects whose text has changed since they got their ID take the codes of what it says now, and
+    so do those that are not settled. Of the others at most `semantic_ids.max_moved` do, those whose
+    error falls most. An ID that is given up is not given to another object here.
 
     Args:
         ads: rows of the table `ads`.
         previous: rows of `ad_semantic_ids`, which must know all of them.
+        settled: ids of the objects that a model knows by their IDs: those of the release.
         codebook: of `previous`.
         day: the codebook is fitted to the objects active then.
 
@@ -144,12 +161,16 @@ def refresh(
     active = now.active_objects
     known = by_object(previous)
     place = pc.index_in(now.object_ids, known["marketing_object_id"].combine_chunks()).to_numpy()
-    same = pc.equal(known["text_hash"].take(pa.array(place)), now.objects["text_hash"]).to_numpy()
+    same = pc.and_(
+        pc.equal(known["text_hash"].take(pa.array(place)), now.objects["text_hash"]),
+        pc.is_in(now.object_ids, settled.combine_chunks()),
+    ).to_numpy()
     options, fitted = settings.semantic_ids, (vectors[active], now.codes[active])
     # The worst are let go to see what they would gain; those with too little to gain stay.
-    free = ~same | _most(codebook.errors(vectors, now.codes), same, options.max_moved)
+    most = int(options.max_moved * same.sum())
+    free = ~same | _highest(codebook.errors(vectors, now.codes), same, most)
     trial = refit_codebook(codebook, *fitted, free[active], options, settings.seed)
-    moves = _moves(trial, vectors, now.codes, same, options.max_moved)
+    moves = _moves(trial, vectors, now.codes, same, most)
     trained = refit_codebook(codebook, *fitted, moves[active], options, settings.seed)
     # An ID that is given up stays known as taken: only its owner is struck out.
     owners = known["marketing_object_id"].to_numpy(zero_copy_only=False).copy()
@@ -197,24 +218,23 @@ def _moves(
     vectors: npt.NDArray[np.float32],
     codes: Codes,
     same: npt.NDArray[np.bool_],
-    most: float,
+    most: int,
 ) -> npt.NDArray[np.bool_]:
     """Which objects take the codes that a new codebook gives them, bool [objects]."""
     natural = codebook.encode(vectors)
     other = (natural != codes[:, :-1]).any(axis=1)
     gain = codebook.errors(vectors, codes) - codebook.errors(vectors, natural)
     eager = other & same & (gain > WORTH_MOVING * codebook.error)
-    limit = int(most * same.sum()) / max(int(eager.sum()), 1)
-    return (other & ~same) | _most(gain, eager, min(limit, 1.0))
+    return (other & ~same) | _highest(gain, eager, most)
 
 
-def _most(
-    value: npt.NDArray[np.float64], among: npt.NDArray[np.bool_], share: float
+def _highest(
+    value: npt.NDArray[np.float64], among: npt.NDArray[np.bool_], count: int
 ) -> npt.NDArray[np.bool_]:
-    """The share of those `among` [n] whose value is the greatest, bool [n]."""
+    """So many of those `among` [n] as there are, of the greatest values, bool [n]."""
     rows = np.flatnonzero(among)
     chosen = np.zeros(len(among), bool)
-    chosen[rows[np.argsort(-value[rows], kind="stable")[: int(share * len(rows))]]] = True
+    chosen[rows[np.argsort(-value[rows], kind="stable")[:count]]] = True
     return chosen
 
 
@@ -243,7 +263,7 @@ def _rows(objects: pa.Array, codes: Codes, hashes: pa.Array, codebook: Codebook)
         {
             "marketing_object_id": objects,
             "semantic_id": pa.array(format_sid(codes), pa.string()),
-            "codes": pa.array(list(codes), pa.list_(pa.int32())),
+            "codes": code_lists(codes),
             "text_hash": hashes,
             "codebook": pa.array([codebook.version] * len(codes), pa.string()),
         }

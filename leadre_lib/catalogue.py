@@ -117,8 +117,8 @@ def object_texts(objects: pa.Table) -> list[str]:
 def marketing_objects(ads: pa.Table) -> pa.Table:
     """The marketing objects that ads sell, each as its first ad tells it.
 
-    The first ad, by start and then by id, is there before the others and stays in the snapshot, so
-    that an object's text does not change as its ads come and go.
+    The first ad, by start and then by id, is there before the others, so that an object's text does
+    not change as its later ads come and go.
 
     Args:
         ads: rows of the table `ads` or `raw_ads`.

@@ -7,7 +7,8 @@ are the objects. This is the layout of STATIC (arXiv 2602.22647): tables for the
 few nodes have many children, and compressed rows below.
 
 The structure holds all objects; a mask says which of them may be written. A new mask costs a sum
-over the nodes, no rebuild. The file is mapped into memory, not read.
+over the nodes, no rebuild. The file is mapped into memory, so that processes share it; loading goes
+through it once, for its checksum.
 
 Knows nothing of tokens, models or what an object is: codes and rows are numbers.
 """

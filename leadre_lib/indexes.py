@@ -24,7 +24,7 @@ from leadre_lib.model import load_tokenizer, sid_token_ids
 from leadre_lib.quantisers import Codebook
 from leadre_lib.release import Release, ReleaseError
 from leadre_lib.retrieval import MIN_RECALL, EmbeddingIndex
-from leadre_lib.semantic_ids import codes_of, format_sid
+from leadre_lib.semantic_ids import code_lists, codes_of, format_sid
 from leadre_lib.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def objects_table(catalogue: Catalogue) -> pa.Table:
         {
             "marketing_object_id": catalogue.object_ids,
             "semantic_id": catalogue.objects["semantic_id"],
-            "codes": pa.array(list(catalogue.codes), pa.list_(pa.int32())),
+            "codes": code_lists(catalogue.codes),
             "text_hash": catalogue.objects["encoded_hash"],
             "codebook": pa.array([catalogue.codebook] * len(catalogue.codes), pa.string()),
         }

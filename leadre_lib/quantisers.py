@@ -56,6 +56,8 @@ FOUR_LEVELS = 200_000  # objects from which on three levels are too few
 REFIT_ROUNDS = 10  # of k-means a level
 BALANCING_ROUNDS = 8  # of prices and centroids in turn
 SINKHORN_STEPS = 30
+NOTHING = 1e-8  # of the spread of all embeddings
+UNUSED = 1e6  # price of a code that was added and that nobody has yet
 SINKHORN_TEMPERATURES = (0.1, 0.005)  # first and last round, of the mean squared distance
 
 
@@ -330,7 +332,10 @@ class Codebook:
         except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
             raise LeadreError(f"{folder}: no readable codebook: {error!r}") from error
         if format_ != FORMAT:
-            raise LeadreError(f"{folder}: codebook of format {format_}, this code reads {FORMAT}")
+            raise LeadreError(
+                f"{folder}: codebook of format {format_}, this code reads {FORMAT}: start in a new"
+                " LEADRE_HOME"
+            )
         if codebook.version != version:
             raise LeadreError(
                 f"{folder}: the weights hash to {codebook.version}, codebook.json says {version};"
@@ -385,7 +390,7 @@ def train_codebook(
     with torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(seed)
         model, data = ResidualQuantiser(config), torch.from_numpy(embeddings)
-        drawn = torch.randperm(len(data))[: VECTORS_PER_CODE * codes]
+        drawn = torch.randperm(len(data))[: _most(codes)]
         data = data[drawn.sort().values]
         model.mean.copy_(data.mean(0))
         model.scale.copy_((data - model.mean).std(correction=0).clamp_min(1e-6))
@@ -414,16 +419,18 @@ def refit_codebook(
         embeddings: float32 [n, dim], one row an object.
         codes: int [n, levels or more], what the objects have; those of free ones do not count.
         free: bool [n].
-        seed: of the batches.
+        seed: of the batches, and of the vectors drawn where there are many.
 
     Raises:
         LeadreError: as `Codebook.encode`.
     """
-    data = torch.from_numpy(_checked(embeddings, codebook.config["dim"]))
-    wider = max(codebook.config["codes"], catalogue_sizes(len(data), settings)[1])
+    embeddings = _checked(embeddings, codebook.config["dim"])
+    wider = max(codebook.config["codes"], catalogue_sizes(len(embeddings), settings)[1])
     config = {**codebook.config, "codes": wider, "refreshed_from": codebook.version}
-    levels = torch.from_numpy(np.asarray(codes)[:, : config["levels"]].astype(np.int64))
-    held = torch.where(torch.from_numpy(free)[:, None], -1, levels)
+    drawn = np.sort(np.random.default_rng(seed).permutation(len(embeddings))[: _most(wider)])
+    data = torch.from_numpy(embeddings[drawn])
+    levels = torch.from_numpy(np.asarray(codes)[drawn, : config["levels"]].astype(np.int64))
+    held = torch.where(torch.from_numpy(free[drawn])[:, None], -1, levels)
     with torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(seed)
         model = ResidualQuantiser(config)
@@ -433,6 +440,11 @@ def refit_codebook(
         else:
             _refit_levels(model, data, held)
     return Codebook(config, _arrays(model))
+
+
+def _most(codes: int) -> int:
+    """How many vectors teach so many codes a level."""
+    return VECTORS_PER_CODE * codes
 
 
 def _train_on(
@@ -473,21 +485,26 @@ def _refit_level(
         error = (residual[loose] - vectors[code[loose]]).square().sum(1)
         worst = error.topk(min(len(dead), len(error))).indices
         code[loose[worst]] = dead[: len(worst)]
+        _open(model, level, dead[: len(worst)])
     counts = torch.bincount(code, minlength=len(vectors))[:, None]
     sums = torch.zeros_like(vectors).index_add_(0, code, residual)
     vectors.copy_(torch.where(counts > 0, sums / counts.clamp_min(1), vectors))
 
 
 def _widened(state: dict[str, torch.Tensor], codes: int) -> dict[str, torch.Tensor]:
-    """The state with more codes: copies of the first at the mean price, nobody's until revived."""
-    more = codes - state["prices"].shape[1]
-    copies = state["codebooks"][:, :1].repeat_interleave(more, 1)
-    prices = state["prices"].mean(1, keepdim=True).repeat_interleave(more, 1)
+    """The state with more codes, too dear for anybody until they are revived."""
+    levels, old, width = state["codebooks"].shape
     return {
         **state,
-        "codebooks": torch.cat([state["codebooks"], copies], 1),
-        "prices": torch.cat([state["prices"], prices], 1),
+        "codebooks": torch.cat([state["codebooks"], torch.zeros(levels, codes - old, width)], 1),
+        "prices": torch.cat([state["prices"], torch.full((levels, codes - old), UNUSED)], 1),
     }
+
+
+def _open(model: ResidualQuantiser, level: int, codes: torch.Tensor) -> None:
+    """Give revived codes the mean price of those in use, so that they can be taken."""
+    prices = model.prices[level]
+    prices[codes] = prices[prices < UNUSED].mean()
 
 
 def _arrays(model: ResidualQuantiser) -> dict[str, np.ndarray]:
@@ -599,6 +616,8 @@ def _balance(model: ResidualQuantiser, level: int, points: torch.Tensor) -> None
     is colder, so that the soft assignment ends close to the hard one.
     """
     codebook, prices = model.codebooks[level], model.prices[level]
+    if torch.cdist(points, codebook).square().mean() < NOTHING:
+        return  # a level on which nothing is left to tell apart
     even = torch.tensor(len(points) / len(codebook))
     for heat in np.geomspace(*SINKHORN_TEMPERATURES, BALANCING_ROUNDS):
         distances = torch.cdist(points, codebook).square()
@@ -625,12 +644,13 @@ def _revive_dead_codes(
             error = error.where(held[:, level] < 0, -1.0)
         worst = error.topk(min(len(dead), int((error >= 0).sum()))).indices
         codebook[dead[: len(worst)]] = residuals[worst, level]
+        _open(model, level, dead[: len(worst)])
 
 
 def _checked(embeddings: Vectors, dim: int | None = None) -> Vectors:
     embeddings = np.ascontiguousarray(embeddings, np.float32)
     if embeddings.ndim != 2 or (dim is not None and embeddings.shape[1] != dim):
-        expected = "[ads, dim]" if dim is None else f"[ads, {dim}]"
+        expected = "[n, dim]" if dim is None else f"[n, {dim}]"
         raise LeadreError(
             f"Semantic IDs: expected embeddings {expected}, got {list(embeddings.shape)}; the"
             " codebook and the embeddings must come from the same embedding.model"

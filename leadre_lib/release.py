@@ -226,6 +226,21 @@ class Releases:
         """Take the entries of a day back: its challenger was not promoted after all."""
         self._write([e for e in self.history() if e.ds != ds.isoformat()])
 
+    def keep_codebook(self, ds: dt.date, codebook: str) -> None:
+        """Take the entries of a day back whose releases speak another codebook. Hold `lock`."""
+        day = ds.isoformat()
+        kept = [e for e in self.history() if e.ds != day or self.codebook_of(e) == codebook]
+        if len(kept) < len(self.history()):
+            self._write(kept)
+
+    def codebook_of(self, entry: Champion) -> str:
+        """The codebook that an entry's release speaks; the release's files are not checked."""
+        path = self.root / entry.release / MANIFEST
+        try:
+            return str(json.loads(path.read_text("utf-8"))["versions"]["codebook"])
+        except (OSError, ValueError, KeyError) as error:
+            raise ReleaseError(f"{path}: not readable: {error}") from None
+
     def _write(self, entries: list[Champion]) -> None:
         ordered = sorted(entries, key=lambda e: (e.ds, e.sequence))
         write_json(self.root / "champion.json", [asdict(entry) for entry in ordered])

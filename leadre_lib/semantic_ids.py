@@ -72,7 +72,7 @@ def assign(
         crowded = format_sid(fresh[tokens.argmax()][None])[0]
         raise LeadreError(
             f"Semantic IDs: more than {collision_codes} objects share the codes {crowded}: raise"
-            " semantic_ids.collision_codes, or train a codebook with more codes or levels"
+            " semantic_ids.alternatives, then refresh the codebook (index_rebuild --refresh)"
         )
     result = np.empty((len(ids), codes.shape[1] + 1), np.int32)
     result[row >= 0] = old_codes[row[row >= 0]]
@@ -84,6 +84,12 @@ def codes_of(ids: pa.Table) -> Codes:
     """The column `codes` of `ad_semantic_ids` as int32 [rows, levels + 1]."""
     lists = ids["codes"].combine_chunks()
     return lists.flatten().to_numpy().astype(np.int32).reshape(len(lists), -1)
+
+
+def code_lists(codes: Codes) -> pa.ListArray:
+    """Codes int32 [rows, tokens] as a column of `ad_semantic_ids`."""
+    offsets = np.arange(len(codes) + 1, dtype=np.int32) * codes.shape[1]
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(codes.ravel(), pa.int32()))
 
 
 def _previous(previous: pa.Table | None, width: int) -> tuple[pa.Array, Codes]:

@@ -134,7 +134,7 @@ class SemanticIdSettings(Section):
     hidden_dim: PositiveInt = 256
     epochs: PositiveInt = 100
     max_vectors: PositiveInt = Field(
-        2_000_000, description="that training sees in all its epochs; a large catalogue has fewer"
+        1_000_000, description="that training sees in all its epochs; a large catalogue has fewer"
     )
     batch_size: PositiveInt = 256
     learning_rate: float = Field(1e-3, gt=0)

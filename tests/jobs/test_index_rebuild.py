@@ -21,11 +21,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import curate, index_rebuild, semantic_ids
+from jobs import curate, index_rebuild, promote, release, semantic_ids
 from leadre_lib.catalogue import Catalogue, catalogue
 from leadre_lib.constraint_index import ConstraintIndex, ConstraintIndexError
 from leadre_lib.decoding import BeamDecoder
 from leadre_lib.errors import LeadreError
+from leadre_lib.facts import write_json
 from leadre_lib.generation import open_decoder, sid_sizes
 from leadre_lib.indexes import (
     CONSTRAINT,
@@ -165,10 +166,10 @@ def decoded(decoder: BeamDecoder, now: Catalogue) -> set[str]:
 
 
 def test_a_stopped_ad_takes_effect_on_a_release_that_is_not_rebuilt(settings: Settings) -> None:
-    release, now = champion(settings), now_of(settings)
-    sizes = sid_sizes(Codebook.load(release.folder / "codebook").sizes, settings)
-    index = open_constraint(release, now, sizes)
-    decoder = open_decoder(release.model, index, settings)
+    serving, now = champion(settings), now_of(settings)
+    sizes = sid_sizes(Codebook.load(serving.folder / "codebook").sizes, settings)
+    index = open_constraint(serving, now, sizes)
+    decoder = open_decoder(serving.model, index, settings)
     first = sorted(decoded(decoder, now))[0]
     ads = now.ads.to_pylist()
     for item in ads:
@@ -178,7 +179,7 @@ def test_a_stopped_ad_takes_effect_on_a_release_that_is_not_rebuilt(settings: Se
     later = catalogue(table, Lake(settings.lake).read("ad_semantic_ids", DAY0), NEXT)
     decoder.set_active(later.active_objects)
     assert first not in decoded(decoder, later)
-    again = open_constraint(release, later, sizes)
+    again = open_constraint(serving, later, sizes)
     assert np.array_equal(again.active, later.active_objects)
     other = index.with_active(later.active_objects)
     assert all(np.shares_memory(a, b) for a, b in zip(index.labels, other.labels, strict=True))
@@ -214,7 +215,32 @@ def test_a_refresh_moves_the_model_along_and_lists_who_moved(settings: Settings)
     text_tokens = slice(0, 300)
     assert old_vectors[text_tokens].equal(new_vectors[text_tokens])
     index_rebuild.run(args(), settings)
-    assert champion(settings).manifest["versions"]["codebook"] == child.codebook
+    assert champion(settings).id == child.id  # with the list of who moved
+
+
+def test_a_day_that_is_run_again_takes_its_refresh_back(settings: Settings) -> None:
+    parent = champion(settings)
+    index_rebuild.run(args(refresh=True), settings)
+    child = champion(settings)
+    assert child.codebook != parent.codebook
+    with pytest.raises(LeadreError, match=rf"but `ad_semantic_ids` .* {child.codebook}: restore"):
+        promote.run(argparse.Namespace(ds=DAY0, release=parent.id), settings)
+    # The first day has none before it, so its IDs are made anew, in the words of the parent.
+    semantic_ids.run(args(), settings)
+    assert now_of(settings).codebook == parent.codebook
+    assert champion(settings).id == parent.id
+    promote.run(argparse.Namespace(ds=DAY0, release=parent.id), settings)
+
+
+def test_a_model_from_before_a_refresh_makes_no_release(settings: Settings) -> None:
+    work, parent = settings.work(DAY0), champion(settings)
+    verdict = {"challenger": "sft", "champion": None, "valid": {}, "codebook": parent.codebook}
+    write_json(work / "evaluation.json", verdict)
+    shutil.copytree(parent.model, work / "sft" / "model")
+    release.run(args(), settings)
+    index_rebuild.run(args(refresh=True), settings)
+    with pytest.raises(LeadreError, match="it was refreshed since"):
+        release.run(args(), settings)
 
 
 class Killed(BaseException):

@@ -123,8 +123,8 @@ def test_drift_is_seen_and_a_refresh_cures_it(
     assert seen.error > 1.25
     assert any("refresh_error = 1.25" in reason for reason in seen.reasons)
 
-    fresh, moved_rows = refresh(ads, table, codebook, home, DAY0)
-    again = refresh(ads, table, codebook, home, DAY0)
+    fresh, moved_rows = refresh(ads, table, table["marketing_object_id"], codebook, home, DAY0)
+    again = refresh(ads, table, table["marketing_object_id"], codebook, home, DAY0)
     assert (again[0].version, again[1].equals(moved_rows)) == (fresh.version, True)
     assert fresh.config["refreshed_from"] == codebook.version
     cured = drift(catalogue(ads, moved_rows, DAY0), fresh, home)
@@ -147,7 +147,7 @@ def test_a_refresh_moves_few_and_lists_them(
     home: Settings, codebook: Codebook, sports: dict[str, str]
 ) -> None:
     _, ads, table = drifted(home, codebook, sports)
-    fresh, after = refresh(ads, table, codebook, home, DAY0)
+    fresh, after = refresh(ads, table, table["marketing_object_id"], codebook, home, DAY0)
     moves = compare(by_object(table), by_object(after), codebook.sizes, fresh.sizes)
     assert moves.unchanged == 10 + 130 + 144
     assert 0.95 <= moves.kept < 1
@@ -159,10 +159,29 @@ def test_a_refresh_moves_few_and_lists_them(
     strict = home.model_copy(
         update={"semantic_ids": home.semantic_ids.model_copy(update={"max_moved": 0.0})}
     )
-    _, still = refresh(ads, table, codebook, strict, DAY0)
+    _, still = refresh(ads, table, table["marketing_object_id"], codebook, strict, DAY0)
     only = compare(by_object(table), by_object(still), codebook.sizes, fresh.sizes)
     assert only.kept == 1
     assert set(only.moved["text_changed"].to_pylist()) == {True}
+
+
+def test_an_object_that_no_model_knows_yet_moves_freely(
+    home: Settings, codebook: Codebook, sports: dict[str, str]
+) -> None:
+    old, ads, table = drifted(home, codebook, sports)
+    strict = home.model_copy(
+        update={"semantic_ids": home.semantic_ids.model_copy(update={"max_moved": 0.0})}
+    )
+    settled = old["marketing_object_id"]
+    _, after = refresh(ads, table, settled, codebook, strict, DAY0)
+    before, now = ids(table), ids(after)
+    moved = {name for name in now if now[name] != before[name]}
+    assert len({name for name in moved if name.startswith("k")}) > 50
+    known = set(settled.to_pylist())
+    titles = dict(
+        zip(ads["marketing_object_id"].to_pylist(), ads["title"].to_pylist(), strict=True)
+    )
+    assert all(titles[name].startswith("espresso") for name in moved & known)
 
 
 def test_what_a_code_was_called_before(
@@ -194,7 +213,9 @@ def test_a_catalogue_that_grew_gets_more_codes(
     table = assign_day(ads_of(few), None, book, free)
     titles = sports | {f"k{n:03}": title for n, title in enumerate(products(KITCHEN))}
     grown = assign_day(ads_of(titles), table, book, free)
-    fresh, after = refresh(ads_of(titles), grown, book, free, DAY0 + dt.timedelta(days=1))
+    fresh, after = refresh(
+        ads_of(titles), grown, grown["marketing_object_id"], book, free, DAY0 + dt.timedelta(days=1)
+    )
     assert fresh.sizes == [64, 64]
     moves = compare(by_object(grown), by_object(after), book.sizes, fresh.sizes)
     assert moves.kept >= 0.95

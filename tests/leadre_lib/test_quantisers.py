@@ -71,9 +71,18 @@ def test_a_code_does_not_hang_on_the_batch(codebook: Codebook, vectors: np.ndarr
 
 @pytest.mark.parametrize("method", METHODS)
 def test_fewer_objects_than_codes(vectors: np.ndarray, method: str) -> None:
-    few = train_codebook(vectors[:5], by(method), seed=1)
-    assert len(few.encode(vectors[:5])) == 5
-    assert few.encode(vectors[:0]).shape == (0, 3)
+    for count in (1, 5, 16):
+        few = train_codebook(vectors[:count], by(method), seed=1)
+        assert all(np.isfinite(array).all() for array in few.weights.values())
+        assert len(few.encode(vectors[:count])) == count
+        assert few.encode(vectors[:0]).shape == (0, 3)
+    assert len(np.unique(few.encode(vectors), axis=0)) > 10  # and what is new is told apart
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_equal_texts_make_a_codebook_too(vectors: np.ndarray, method: str) -> None:
+    same = train_codebook(np.repeat(vectors[:1], 30, axis=0), by(method), seed=1)
+    assert all(np.isfinite(array).all() for array in same.weights.values())
 
 
 def test_centroids_are_the_vectors_of_the_codes(codebook: Codebook) -> None:
@@ -129,6 +138,14 @@ def test_a_refresh_adds_codes_to_a_catalogue_that_grew(vectors: np.ndarray) -> N
     assert new.sizes == [64] * 3
     natural = new.encode(vectors[60:])
     assert (natural >= 16).mean() > 0.1
+    # Codes that nobody has yet are nobody's.
+    few = refit_codebook(old, vectors, codes, np.arange(480) >= 470, free, 1)
+    taken = few.encode(vectors)
+    assert few.sizes == [64] * 3
+    assert all((taken[:, level] >= 16).sum() <= 10 * 8 for level in range(3))
+    dead = few.weights["prices"] > 1e5
+    assert dead.any()
+    assert not any(dead[level, taken[:, level]].any() for level in range(3))
     errors = [book.errors(vectors[60:], book.encode(vectors[60:])).mean() for book in (old, new)]
     assert errors[1] < 0.7 * errors[0]
 
