@@ -3,7 +3,7 @@
 Every day 2 % of the marketing objects are new, 2 % stop, and 1 % say something else than before.
 The new ones come from categories that the codebook has not seen, so that it drifts. Each day's
 `raw_ads` go through the job `index_rebuild` as in production: contracts and gates, embeddings of
-what is new, indexes, validation, a child release. On `--refresh-day` the codebook is refreshed.
+what is new, indexes, validation, a child release; once it has drifted, a refresh of the codebook.
 
 A row a day: objects known and active, `kept` (of the objects with the text that they got their
 Semantic ID for, the share that has it still), `collisions` after the last token and before it,
@@ -57,7 +57,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     parser.add_argument("--objects", type=int, default=5000, help="at the start")
     parser.add_argument("--days", type=int, default=30)
-    parser.add_argument("--refresh-day", type=int, default=15, help="0: only where it has drifted")
+    parser.add_argument("--refresh-day", type=int, default=0, help="0: when it has drifted")
     return parser
 
 

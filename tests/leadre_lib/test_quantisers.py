@@ -16,7 +16,7 @@ from leadre_lib.semantic_ids import assign, code_usage
 from leadre_lib.settings import METHODS, SemanticIdSettings
 
 SETTINGS = SemanticIdSettings(
-    levels=3, codes=16, hidden_dim=64, latent_dim=16, epochs=80, batch_size=64
+    levels=3, codes=16, hidden_dim=64, latent_dim=16, epochs=40, batch_size=64
 )
 
 
