@@ -15,7 +15,8 @@ Every method is trained as `jobs.semantic_ids` trains it, in a process of its ow
   code, against two objects drawn by how often they were converted on.
 - `kept frozen`, `kept refreshed`: after 5 % of the objects were replaced, the others that keep
   their IDs with the codebook as it was, and those whose nearest codes are still the same in a
-  refreshed one (a refresh holds them to their codes, near or not).
+  refreshed one (a refresh holds them to their codes, near or not). Of a large catalogue 10,000
+  objects are drawn.
 - `train s`, `encode s`, `peak MB`: of the codebook, on one core; the memory is that of the whole
   process, `at rest MB` what it needs for the embeddings and libraries alone.
 - `HR@10`: of a small model that writes the IDs, see `next_object`.
@@ -59,6 +60,7 @@ from leadre_lib.sources import open_source
 SOURCES = ("amazon", "simulator")
 WORLD = {"ads": 100_000, "users": 20_000}
 CHURN = 0.05
+CHURN_OBJECTS = 10_000  # each method trains on them twice more
 MOST_CASES = 5000  # evaluated; of the simulator SIMULATED_CASES
 SIMULATED_CASES = 2000
 EVERY = slice(None)
@@ -312,7 +314,7 @@ def _kept(data: Data, codebook: Codebook, settings: SemanticIdSettings, seed: in
     settings = settings.model_copy(
         update={"levels": len(codebook.sizes), "codes": codebook.sizes[0]}
     )
-    order = np.random.default_rng(seed).permutation(len(data.ids))
+    order = np.random.default_rng(seed).permutation(len(data.ids))[:CHURN_OBJECTS]
     count = round(CHURN * len(order))
     gone, come, stay = np.split(order, [count, 2 * count])
     before, after = np.concatenate([stay, gone]), np.concatenate([stay, come])
