@@ -55,6 +55,7 @@ MOST_CODES = 256  # of a level whose size is left to the catalogue, as the paper
 FOUR_LEVELS = 200_000  # objects from which on three levels are too few
 REFIT_ROUNDS = 10  # of k-means a level
 BALANCING_ROUNDS = 8  # of prices and centroids in turn
+BALANCED_PER_CODE = 64  # vectors that the prices are made for
 SINKHORN_STEPS = 30
 NOTHING = 1e-8  # of the spread of all embeddings
 UNUSED = 1e6  # price of a code that was added and that nobody has yet
@@ -616,19 +617,27 @@ def _balance(model: ResidualQuantiser, level: int, points: torch.Tensor) -> None
     is colder, so that the soft assignment ends close to the hard one.
     """
     codebook, prices = model.codebooks[level], model.prices[level]
-    if torch.cdist(points, codebook).square().mean() < NOTHING:
+    some = points[:: max(1, len(points) // (BALANCED_PER_CODE * len(codebook)))]
+    if torch.cdist(some, codebook).square().mean() < NOTHING:
         return  # a level on which nothing is left to tell apart
-    even = torch.tensor(len(points) / len(codebook))
+    even = torch.tensor(len(some) / len(codebook))
     for heat in np.geomspace(*SINKHORN_TEMPERATURES, BALANCING_ROUNDS):
-        distances = torch.cdist(points, codebook).square()
+        distances = torch.cdist(some, codebook).square()
         temperature = float(heat) * distances.mean()
         for _ in range(SINKHORN_STEPS):
             shares = torch.softmax(-(distances + prices) / temperature, dim=1).sum(0)
             prices += temperature * (shares.clamp_min(1e-6).log() - even.log())
-        winner = (distances + prices).argmin(1)
-        counts = torch.bincount(winner, minlength=len(codebook))
-        sums = torch.zeros_like(codebook).index_add_(0, winner, points)
-        codebook[counts > 0] = (sums / counts[:, None].clamp_min(1))[counts > 0]
+        _centre(model, level, some)
+    _centre(model, level, points)
+
+
+def _centre(model: ResidualQuantiser, level: int, points: torch.Tensor) -> None:
+    """Move each code of a level to the mean of the points that it wins."""
+    codebook = model.codebooks[level]
+    winner = torch.cat([model.costs(part, level).argmin(1) for part in points.split(CHUNK)])
+    counts = torch.bincount(winner, minlength=len(codebook))[:, None]
+    sums = torch.zeros_like(codebook).index_add_(0, winner, points)
+    codebook.copy_(torch.where(counts > 0, sums / counts.clamp_min(1), codebook))
 
 
 @torch.no_grad()
