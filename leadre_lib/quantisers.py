@@ -627,8 +627,7 @@ def _balance(model: ResidualQuantiser, level: int, points: torch.Tensor) -> None
         for _ in range(SINKHORN_STEPS):
             shares = torch.softmax(-(distances + prices) / temperature, dim=1).sum(0)
             prices += temperature * (shares.clamp_min(1e-6).log() - even.log())
-        _centre(model, level, some)
-    _centre(model, level, points)
+        _centre(model, level, points)
 
 
 def _centre(model: ResidualQuantiser, level: int, points: torch.Tensor) -> None:
