@@ -87,10 +87,10 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     )
     with session(settings) as spark:
         publish(spark, settings, lake, "ad_semantic_ids", ds, rows)
-    releases = Releases(settings.releases)
-    with releases.lock():
-        # A run that is made again takes the day's refresh back with it.
-        releases.keep_codebook(ds, codebook.version)
+    if not args.keep:  # a day that is run again takes its refresh back
+        releases = Releases(settings.releases)
+        with releases.lock():
+            releases.keep_codebook(ds, codebook.version)
 
 
 if __name__ == "__main__":

@@ -261,6 +261,7 @@ def test_a_refresh_killed_before_its_promotion_is_gone_on_with(
             index_rebuild.run(args(refresh=True), settings)
     assert champion(settings).id == parent.id
     assert now_of(settings).codebook != parent.codebook  # published, and nobody serves it yet
+    relaunch(settings, changed_shop())
     index_rebuild.run(args(), settings)
     assert "going on with the refresh" in capsys.readouterr().out
     child = champion(settings)
