@@ -5,8 +5,8 @@ The result is a child release with the same model; if its validation fails, the 
 serving.
 
 Where the codebook has drifted from the catalogue beyond `semantic_ids.refresh_error` or
-`semantic_ids.refresh_collision_rate`, it is refreshed: trained on, with at most
-`semantic_ids.max_moved` of the unchanged objects moved. The model's embeddings of Semantic ID
+`semantic_ids.refresh_collision_rate`, it is refreshed: fitted to the objects of the day, with at
+most `semantic_ids.max_moved` of the unchanged ones moved. The model's embeddings of Semantic ID
 tokens follow, and the release lists who has moved.
 """
 

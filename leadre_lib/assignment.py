@@ -1,7 +1,7 @@
 """The Semantic IDs of a day's marketing objects: keeping those they have, giving new ones, seeing
 that the codebook drifts from the catalogue, and moving to a refreshed codebook.
 
-An object keeps its ID as long as its codebook serves, whatever happens to its ads. A refresh fits
+An object keeps its ID as long as its codebook serves, whatever its text says by now. A refresh fits
 the codebook to the catalogue of the day, but holds it to the codes that objects have: it moves
 those whose text has changed and, of the others, the few to which that does most good.
 

@@ -27,7 +27,7 @@ from leadre_lib.settings import DecodingSettings
 
 log = logging.getLogger(__name__)
 
-NO_AD = -1
+NO_OBJECT = -1
 LOGITS_CHUNK = 1 << 24  # numbers of logits held at once: 64 MiB in float32
 
 
@@ -104,7 +104,7 @@ class BeamDecoder:
         """
         if not 1 <= k <= self.settings.beam:
             raise LeadreError(f"top {k}: must be from 1 to the beam width {self.settings.beam}")
-        objects = np.full((len(prompts), k), NO_AD, np.int64)
+        objects = np.full((len(prompts), k), NO_OBJECT, np.int64)
         scores = np.full((len(prompts), k), -np.inf, np.float32)
         if not len(prompts):
             return objects, scores
@@ -172,7 +172,7 @@ class BeamDecoder:
             total = total.masked_fill(~allowed, -torch.inf).flatten(1)
             score, choice = _top(total, k if last else self.settings.beam)
             node = ways.nodes.flatten(1).gather(1, choice)
-            node = node.masked_fill(torch.isneginf(score), NO_AD if last else 0)
+            node = node.masked_fill(torch.isneginf(score), NO_OBJECT if last else 0)
             if not last:
                 parent = choice // ways.nodes.shape[2]
                 hidden = search.step(tokens[ways.code(choice)], parent)

@@ -60,9 +60,9 @@ def decode_distinct(
         first.setdefault(key, row)
     chosen = list(first.values())
     place = {key: at for at, key in enumerate(first)}
-    ads, _ = decoder.decode(
+    objects, _ = decoder.decode(
         [prompts[row] for row in chosen],
         k,
         None if exclude is None else [exclude[row] for row in chosen],
     )
-    return ads[[place[key] for key in keys]]
+    return objects[[place[key] for key in keys]]

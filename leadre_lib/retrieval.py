@@ -1,4 +1,4 @@
-"""Nearest ads by embedding: a FAISS inner-product index over rows of a catalogue.
+"""Nearest marketing objects by embedding: a FAISS inner-product index over rows of a catalogue.
 
 Three kinds, by the number of vectors:
 
@@ -12,7 +12,7 @@ Three kinds, by the number of vectors:
 What is not exact is measured while it is built: it searches as hard as recall@10 >= `MIN_RECALL`
 needs, and makes way for a more exact kind where that cannot be reached.
 
-Knows nothing of ads, users or how the vectors were made; a row number is all that it returns.
+Knows nothing of objects, users or how the vectors were made; a row number is all that it returns.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class EmbeddingIndex:
         """
         vectors = _checked(vectors)
         if not len(vectors):
-            raise LeadreError("embedding index: no ad to index")
+            raise LeadreError("embedding index: nothing to index")
         kind = kind or _kind_for(len(vectors))
         kinds = get_args(Kind)
         if kind not in kinds:
