@@ -29,6 +29,7 @@ from leadre_lib.errors import NothingToDo
 from leadre_lib.generation import sid_sizes
 from leadre_lib.indexes import MOVED, build_indexes, check_indexes, read_objects
 from leadre_lib.lake import Lake, code_version
+from leadre_lib.model import follow_alignment, load, save
 from leadre_lib.quality import publish
 from leadre_lib.quantisers import Codebook
 from leadre_lib.release import Release, ReleaseError, Releases
@@ -141,8 +142,6 @@ def _follow(
     parent: Release, moves: Moves, sizes: list[int], work: Path, settings: Settings
 ) -> dict[str, Path]:
     """The model with its SID embeddings moved along, and the list of who has moved."""
-    from leadre_lib.model import follow_alignment, load, save
-
     least = 1 - settings.semantic_ids.max_moved
     if moves.kept < least:
         raise ReleaseError(

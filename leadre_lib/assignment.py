@@ -120,14 +120,15 @@ def drift(ads: Catalogue, codebook: Codebook, settings: Settings) -> Drift:
     limits, reasons = settings.semantic_ids, []
     if error > limits.refresh_error:
         reasons.append(
-            f"reconstruction error {error:.2f} times that of the training, more than"
+            f"reconstruction error {error:.2f} times that when it came into use, more than"
             f" semantic_ids.refresh_error = {limits.refresh_error}"
         )
-    crowded = limits.refresh_error * codebook.collision_rate
-    if usage["collision_rate"] > max(limits.refresh_collision_rate, crowded):
+    # What the last refresh could not cure is no reason for the next.
+    most = max(limits.refresh_collision_rate, limits.refresh_error * codebook.collision_rate)
+    if usage["collision_rate"] > most:
         reasons.append(
             f"{usage['collision_rate']:.2%} of the active objects collide before the last token,"
-            f" more than semantic_ids.refresh_collision_rate = {limits.refresh_collision_rate:.2%}"
+            f" more than {most:.2%} (semantic_ids.refresh_collision_rate)"
         )
     return Drift(float(error), usage, reasons)
 

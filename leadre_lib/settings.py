@@ -140,7 +140,9 @@ class SemanticIdSettings(Section):
     learning_rate: float = Field(1e-3, gt=0)
     commitment: float = Field(0.05, ge=0)
     refresh_error: float = Field(
-        1.25, gt=1, description="reconstruction error, against that of the training, which is drift"
+        1.25,
+        gt=1,
+        description="reconstruction error, against that when it came into use, which is drift",
     )
     refresh_collision_rate: Fraction = Field(
         0.05, ge=0, le=1, description="collisions before the last token which are drift"
