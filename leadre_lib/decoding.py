@@ -1,53 +1,58 @@
-"""Constrained beam search with one shared context a user.
+"""Constrained beam search: the Semantic IDs of the most likely objects for each prompt.
 
-The prompts of a batch are read once. Then every step feeds the beams of a user as further query
-positions of the same row: a four-dimensional attention mask lets a beam's token see the prompt and
-its own ancestors only (tree attention, as in SpecInfer, arXiv 2305.09781). So the cache holds each
-prompt once, grows by one column a beam and step, and is never reordered.
+Prompts are sorted by length into batches of bounded tokens. What all of them begin with, the
+instruction, is read once. Then each step scores the codes that may follow each beam, keeps the best
+beams of each user and feeds their tokens: all on the device, over flat arrays, without a loop over
+users or beams (see `transformer` and `constraint_index`).
 
-Works with any causal language model of Transformers that takes such a mask (attention `sdpa` or
-`eager`, no sliding window). Knows nothing of prompts' contents, or of what an object is.
+Scores are sums of log-probabilities over the *full* vocabulary: the scores of
+`generate(prefix_allowed_tokens_fn=…, length_penalty=0)`. With `decoding.normalise: level` each is
+renormalised over the codes of its level, active or not, which leaves out the product with the whole
+vocabulary; a trained model gives other tokens next to nothing there, so that little changes.
 
-Scores are sums of log-probabilities over the *full* vocabulary, not renormalised over the allowed
-tokens: the scores of `generate(prefix_allowed_tokens_fn=…, length_penalty=0)`.
+Knows nothing of prompts' contents, or of what an object is.
 """
 
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from leadre_lib.constraint_index import ConstraintIndex, DeviceIndex
 from leadre_lib.errors import LeadreError
 from leadre_lib.settings import DecodingSettings
+from leadre_lib.transformer import Context, Transformer
 
 log = logging.getLogger(__name__)
 
 NO_OBJECT = -1
-LOGITS_CHUNK = 1 << 24  # numbers of logits held at once: 64 MiB in float32
 
 
-class BeamDecoder:
+class Decoder(ABC):
     """Writes the Semantic IDs of the `k` most likely objects for each prompt.
 
+    What engines share: what may be written, tokens, batches. How one is searched, they say.
+
     Args:
-        model: any causal language model; it is set to evaluation mode and moved to `device`.
         tokenizer: of the model.
         index: the objects that may be written.
         sid_token_ids: the token id of each code, one int array [codes of the level] a level.
-        settings: beam width and batch size in tokens.
+        settings: beam widths, batch size in tokens, precision.
         max_tokens: longest sequence, prompt and Semantic ID together. A longer prompt loses tokens
             on its left, and how many prompts did is logged.
-        device: where to compute, such as `cpu` or `cuda`.
+        device: where beams are chosen, such as `cpu` or `cuda`.
+
+    Raises:
+        LeadreError: index, tokens and settings do not fit each other.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         index: ConstraintIndex,
         sid_token_ids: Sequence[np.ndarray],
@@ -64,15 +69,24 @@ class BeamDecoder:
             raise LeadreError(
                 f"max_tokens {max_tokens}: no room for a prompt and {len(sizes)} tokens"
             )
-        self.model = model.to(device).eval()  # type: ignore[arg-type]
         self.tokenizer = tokenizer
         self.settings = settings
         self.device = torch.device(device)
         self.objects = index.objects
-        self.levels = index.levels
+        self.widths = level_widths(settings, index.levels)
         self.max_prompt = max_tokens - index.levels
         self.lookup = DeviceIndex(index, device)
         self.tokens = [torch.from_numpy(np.asarray(t, np.int64)).to(device) for t in sid_token_ids]
+        self._batch_tokens = settings.batch_tokens
+
+    @abstractmethod
+    def _search(
+        self, token_ids: Sequence[np.ndarray], k: int, unwanted: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Beam search over one batch; objects and scores, both [users, at most k].
+
+        `unwanted` are sorted keys `user * objects + object` of what users must not get.
+        """
 
     def set_active(self, active: np.ndarray) -> None:
         """From now on write the objects where `active`, bool [objects of the index], holds.
@@ -90,6 +104,8 @@ class BeamDecoder:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Find the `k` best objects of each prompt, best first.
 
+        Where the accelerator runs out of memory, the batch is halved, and so are those after it.
+
         Args:
             prompts: what the model reads.
             k: objects a prompt, at most the beam width.
@@ -100,7 +116,8 @@ class BeamDecoder:
             scores: float32 [prompts, k], natural logarithms; minus infinity for no object.
 
         Raises:
-            LeadreError: `k` exceeds the beam, or the model gives scores that are not finite.
+            LeadreError: `k` exceeds the beam, a prompt is empty, one prompt alone needs more memory
+                than there is, or the model gives scores that are not finite.
         """
         if not 1 <= k <= self.settings.beam:
             raise LeadreError(f"top {k}: must be from 1 to the beam width {self.settings.beam}")
@@ -108,12 +125,9 @@ class BeamDecoder:
         scores = np.full((len(prompts), k), -np.inf, np.float32)
         if not len(prompts):
             return objects, scores
-        token_ids = self._tokenize(prompts)
-        for rows in self._batches(np.array([len(ids) for ids in token_ids])):
-            unwanted = None if exclude is None else self._pairs([exclude[row] for row in rows])
-            found, found_scores = self._decode_batch([token_ids[row] for row in rows], k, unwanted)
-            objects[rows, : found.shape[1]] = found.cpu().numpy()
-            scores[rows, : found.shape[1]] = found_scores.cpu().numpy()
+        for rows, found, found_scores in self._search_all(self._tokenize(prompts), k, exclude):
+            objects[rows, : found.shape[1]] = found
+            scores[rows, : found.shape[1]] = found_scores
         return objects, scores
 
     def _tokenize(self, prompts: Sequence[str]) -> list[np.ndarray]:
@@ -131,15 +145,44 @@ class BeamDecoder:
             )
         return [row[-self.max_prompt :] for row in ids]
 
-    def _batches(self, lengths: np.ndarray) -> Iterator[np.ndarray]:
-        """Rows of like lengths, longest first, bounded by the settings' padded tokens."""
+    def _search_all(
+        self, token_ids: Sequence[np.ndarray], k: int, exclude: Sequence[np.ndarray] | None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Rows, objects and scores, batch by batch: rows of like lengths, longest first.
+
+        A batch's padded tokens are bounded. Where they are too many for the accelerator, the first
+        batch shows it.
+        """
+        lengths = np.array([len(ids) for ids in token_ids])
         order = np.argsort(-lengths, kind="stable")
         start = 0
         while start < len(order):
-            padded = int(lengths[order[start]]) + self.settings.beam * (self.levels - 1)
-            stop = start + max(1, self.settings.batch_tokens // padded)
-            yield order[start:stop]
-            start = stop
+            tokens = int(lengths[order[start]]) + sum(self.widths)
+            rows = order[start : start + max(1, self._batch_tokens // tokens)]
+            unwanted = None if exclude is None else self._pairs([exclude[row] for row in rows])
+            try:
+                batch = [token_ids[row] for row in rows]
+                found, scores = self._search(batch, k, unwanted)
+            except torch.OutOfMemoryError as error:
+                self._halve(len(rows), tokens, error)
+                continue
+            yield rows, found.cpu().numpy(), scores.cpu().numpy()
+            start += len(rows)
+
+    def _halve(self, users: int, tokens: int, error: torch.OutOfMemoryError) -> None:
+        reason = str(error).partition("\n")[0]
+        if users == 1:
+            raise LeadreError(
+                f"one prompt with its beams, {tokens} tokens, does not fit into memory: lower"
+                f" decoding.beam ({reason})"
+            ) from None
+        self._batch_tokens = users // 2 * tokens
+        log.warning(
+            "out of memory with %d users at once: going on with %d, or %d tokens (%s)",
+            *(users, users // 2, self._batch_tokens, reason),
+        )
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _pairs(self, exclude: Sequence[np.ndarray]) -> torch.Tensor:
         """Sorted keys `user * objects + object`, int64 [unwanted pairs]."""
@@ -151,116 +194,166 @@ class BeamDecoder:
             )
         return torch.from_numpy(np.sort(users * self.objects + flat)).to(self.device)
 
-    def _decode_batch(
-        self, token_ids: Sequence[np.ndarray], k: int, unwanted: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Beam search over one batch; objects and scores, both [users, at most k]."""
-        search = _Search(self.model, token_ids, self.tokenizer.pad_token_id, self.device)
-        users = len(token_ids)
-        node = torch.zeros((users, 1), dtype=torch.int64, device=self.device)
-        score = torch.zeros((users, 1), device=self.device)
-        hidden = search.hidden
-        for level, tokens in enumerate(self.tokens):
-            last = level == self.levels - 1
-            ways = self.lookup.children(level, node)  # [users, beams, candidates]
-            total = score[:, :, None] + ways.pick(self._log_probabilities(hidden, tokens))
-            allowed = ways.allowed & torch.isfinite(score)[:, :, None]
-            if not torch.isfinite(total[allowed]).all():
-                raise LeadreError("the model gives scores that are not finite: it is damaged")
-            if last and unwanted is not None and len(unwanted):
-                allowed &= ~self._is_unwanted(ways.nodes, unwanted)
-            total = total.masked_fill(~allowed, -torch.inf).flatten(1)
-            score, choice = _top(total, k if last else self.settings.beam)
-            node = ways.nodes.flatten(1).gather(1, choice)
-            node = node.masked_fill(torch.isneginf(score), NO_OBJECT if last else 0)
-            if not last:
-                parent = choice // ways.nodes.shape[2]
-                hidden = search.step(tokens[ways.code(choice)], parent)
-        return node, score
 
-    def _log_probabilities(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities [users, beams, codes] of a level's tokens, over the full vocabulary."""
-        head = self.model.get_output_embeddings()
-        flat = hidden.flatten(0, 1)
-        chunk = max(1, LOGITS_CHUNK // self.model.config.get_text_config().vocab_size)
-        parts = []
-        for rows in flat.split(chunk):
-            logits = head(rows).float()
-            parts.append(logits[:, tokens] - logits.logsumexp(-1, keepdim=True))
-        return torch.cat(parts).unflatten(0, hidden.shape[:2])
+class BeamDecoder(Decoder):
+    """The project's own engine: see `transformer`.
 
-    def _is_unwanted(self, objects: torch.Tensor, unwanted: torch.Tensor) -> torch.Tensor:
-        """Whether each of `objects` [users, beams, candidates] is unwanted by the user."""
-        user = torch.arange(len(objects), device=self.device)[:, None, None]
-        key = user * self.objects + objects
-        place = torch.searchsorted(unwanted, key).clamp_max(len(unwanted) - 1)
-        return unwanted[place] == key
+    Args:
+        model: a causal language model of the Llama family; not needed afterwards, nor changed.
+        groups: int [objects], such as the category of each, of which a user gets at most
+            `decoding.max_per_group` objects; None: any number.
+        packed: see `Transformer`.
+        others: as `Decoder` takes them; the device is that of the model's weights, too.
 
-
-class _Search:
-    """The model's side of a search: prompts in the cache, beams as query positions over them."""
+    Raises:
+        LeadreError: index, tokens, settings and model do not fit each other.
+    """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        token_ids: Sequence[np.ndarray],
-        pad: int,
-        device: torch.device,
+        tokenizer: PreTrainedTokenizerBase,
+        index: ConstraintIndex,
+        sid_token_ids: Sequence[np.ndarray],
+        settings: DecodingSettings,
+        max_tokens: int,
+        device: str | torch.device = "cpu",
+        groups: np.ndarray | None = None,
+        packed: bool = True,
     ) -> None:
-        longest = max(map(len, token_ids))
-        ids = np.full((len(token_ids), longest), pad, np.int64)
-        lengths = np.array([len(row) for row in token_ids])
-        real = np.arange(longest) >= longest - lengths[:, None]
-        ids[real] = np.concatenate(token_ids)
-        self._base = model.base_model
-        self._cache = DynamicCache(config=model.config)
-        self._real = torch.from_numpy(real).to(device)
-        self._next = torch.from_numpy(lengths).to(device)[:, None]
-        self._ancestors: list[torch.Tensor] = []  # of each step fed, the slot that a beam grew from
-        self._widths: list[int] = []  # of each step fed, its slots
-        # Without padding the mask is left out, which lets attention take its faster causal kernel.
-        self.hidden = self._forward(
-            torch.from_numpy(ids).to(device),
-            (self._real.cumsum(1) - 1).clamp_min(0),
-            None if real.all() else self._real.long(),
-        )[:, -1:]
+        super().__init__(tokenizer, index, sid_token_ids, settings, max_tokens, device)
+        dtype = dtype_of(settings, self.device)
+        self.transformer = Transformer(model, max_tokens, device, dtype, packed)
+        self._code_logits = [self.transformer.rows(tokens) for tokens in self.tokens]
+        self._groups = None if groups is None else torch.from_numpy(groups).to(device)
+        self._instruction: tuple[bytes, Context] | None = None
+        self._prefix: Context | None = None
 
-    def step(self, token: torch.Tensor, parent: torch.Tensor) -> torch.Tensor:
-        """Feed one token a beam; the beams' hidden states [users, beams, hidden].
+    def _search_all(
+        self, token_ids: Sequence[np.ndarray], k: int, exclude: Sequence[np.ndarray] | None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        self._prefix = self._read_instruction(token_ids)
+        return super()._search_all(token_ids, k, exclude)
 
-        Args:
-            token: int64 [users, beams].
-            parent: int64 [users, beams], each beam's slot among those of the step before.
-        """
-        users, beams = token.shape
-        own = torch.arange(beams, device=token.device).expand(users, beams)
-        self._widths.append(beams)
-        self._ancestors = [slots.gather(1, parent) for slots in self._ancestors] + [own]
-        mask = torch.cat(
-            [self._real[:, None, :].expand(-1, beams, -1)]
-            + [
-                slots[:, :, None] == torch.arange(width, device=token.device)
-                for slots, width in zip(self._ancestors, self._widths, strict=True)
-            ],
-            dim=2,
-        )
-        hidden = self._forward(token, self._next.expand(-1, beams), mask[:, None])
-        self._next = self._next + 1
-        return hidden
+    def _read_instruction(self, token_ids: Sequence[np.ndarray]) -> Context | None:
+        """What all prompts begin with, read once; it is kept for calls that begin alike."""
+        if not self.settings.share_prefix or len(token_ids) == 1:
+            return None
+        common = _common_start(token_ids)
+        if not len(common):
+            return None
+        key = common.tobytes()
+        if self._instruction is None or self._instruction[0] != key:
+            ids = torch.from_numpy(common)[None].to(self.device)
+            lengths = torch.tensor([len(common)], device=self.device)
+            self._instruction = key, self.transformer.read(ids, lengths)
+        return self._instruction[1]
 
-    def _forward(
-        self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None
+    def _search(
+        self, token_ids: Sequence[np.ndarray], k: int, unwanted: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        context, token = self._read(token_ids)
+        parent: torch.Tensor | None = None
+        node = torch.zeros((len(token_ids), 1), dtype=torch.int64, device=self.device)
+        score = torch.zeros((len(token_ids), 1), device=self.device)
+        sound = torch.ones((), dtype=torch.bool, device=self.device)
+        for level in range(len(self.tokens)):
+            hidden = self.transformer.step(context, token, parent)
+            logits, normaliser = self._logits(hidden, level)
+            sound &= torch.isfinite(normaliser).all()
+            ways = self.lookup.children(level, node)  # [users, beams, candidates]
+            total = (score - normaliser)[:, :, None] + ways.pick(logits)
+            total = total.masked_fill(~ways.allowed, -torch.inf)
+            last = level == len(self.tokens) - 1
+            if last:
+                total = self._without(total, ways.nodes, unwanted)
+            score, choice = best(total.flatten(1), k if last else self.widths[level])
+            node = ways.nodes.flatten(1).gather(1, choice)
+            node = node.masked_fill(torch.isneginf(score), NO_OBJECT if last else 0)
+            parent = choice // ways.nodes.shape[2]
+            token = self.tokens[level][ways.code(choice)]
+        if not sound:
+            raise LeadreError("the model gives scores that are not finite: it is damaged")
+        return node, score
+
+    def _read(self, token_ids: Sequence[np.ndarray]) -> tuple[Context, torch.Tensor]:
+        """The prompts but for their last tokens as a context, and those, int64 [users, 1]."""
+        lengths = np.array([len(row) for row in token_ids]) - 1
+        last = np.array([[row[-1]] for row in token_ids])
+        begun = 0 if self._prefix is None else self._prefix.tokens
+        real = np.arange(lengths.max() - begun) < (lengths - begun)[:, None]
+        ids = np.zeros(real.shape, np.int64)
+        ids[real] = np.concatenate([row[begun:-1] for row in token_ids])
+        moved = [torch.from_numpy(array).to(self.device) for array in (ids, lengths - begun, last)]
+        return self.transformer.read(moved[0], moved[1], self._prefix), moved[2]
+
+    def _logits(self, hidden: torch.Tensor, level: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [users, beams, codes] of a level, and their normaliser [users, beams]."""
+        logits = self._code_logits[level](hidden).float()
+        if self.settings.normalise == "level":
+            return logits, logits.logsumexp(-1)
+        return logits, self.transformer.log_normaliser(hidden)
+
+    def _without(
+        self, total: torch.Tensor, objects: torch.Tensor, unwanted: torch.Tensor | None
     ) -> torch.Tensor:
-        return self._base(
-            input_ids=ids,
-            position_ids=positions,
-            attention_mask=mask,
-            past_key_values=self._cache,
-            use_cache=True,
-        ).last_hidden_state
+        """Scores without the objects [users, beams, candidates] that the user must not get."""
+        if unwanted is not None and len(unwanted):
+            user = torch.arange(len(objects), device=self.device)[:, None, None]
+            key = user * self.objects + objects
+            place = torch.searchsorted(unwanted, key).clamp_max(len(unwanted) - 1)
+            total = total.masked_fill(unwanted[place] == key, -torch.inf)
+        if self._groups is not None:
+            total = _capped(total, self._groups[objects], self.settings.max_per_group)
+        return total
 
 
-def _top(total: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def level_widths(settings: DecodingSettings, levels: int) -> list[int]:
+    """Beams kept after each level but the last, which keeps as many as are asked for.
+
+    Raises:
+        LeadreError: `decoding.level_beams` is for another number of levels.
+    """
+    if settings.level_beams and len(settings.level_beams) != levels - 1:
+        raise LeadreError(
+            f"decoding.level_beams has {len(settings.level_beams)} widths, but Semantic IDs of"
+            f" {levels} tokens need {levels - 1}: one for each token but the last"
+        )
+    return list(settings.level_beams) or [settings.beam] * (levels - 1)
+
+
+def dtype_of(settings: DecodingSettings, device: torch.device) -> torch.dtype:
+    """The precision that settings ask for; `auto` is bfloat16 on accelerators, float32 on CPUs."""
+    wanted = settings.dtype
+    if wanted == "auto":
+        wanted = "bfloat16" if device.type == "cuda" else "float32"
+    return torch.bfloat16 if wanted == "bfloat16" else torch.float32
+
+
+def _common_start(token_ids: Sequence[np.ndarray]) -> np.ndarray:
+    """The tokens that all rows begin with, but never a whole row: its last token is a beam's."""
+    shortest = min(map(len, token_ids)) - 1
+    starts = np.stack([row[:shortest] for row in token_ids])
+    differs = np.append((starts != starts[0]).any(axis=0), True)
+    return np.ascontiguousarray(starts[0, : int(differs.argmax())])
+
+
+def best(total: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The `k` highest of each row [users, candidates]; among equals, the earliest candidate."""
     score, choice = total.sort(dim=1, descending=True, stable=True)
     return score[:, :k], choice[:, :k]
+
+
+def _capped(total: torch.Tensor, groups: torch.Tensor, most: int) -> torch.Tensor:
+    """Scores [users, beams, candidates] of the best `most` of each group; the rest at -inf."""
+    flat, group = total.flatten(1), groups.flatten(1)
+    best = flat.argsort(dim=1, descending=True, stable=True)
+    # By group, and within a group still by score: a candidate's place in its run is its rank.
+    order = best.gather(1, group.gather(1, best).argsort(dim=1, stable=True))
+    run = group.gather(1, order)
+    place = torch.arange(run.shape[1], device=run.device).expand_as(run)
+    starts = torch.ones_like(run, dtype=torch.bool)
+    starts[:, 1:] = run[:, 1:] != run[:, :-1]
+    rank = place - torch.where(starts, place, 0).cummax(1).values
+    beyond = torch.zeros_like(starts).scatter(1, order, rank >= most)
+    return flat.masked_fill(beyond, -torch.inf).view_as(total)

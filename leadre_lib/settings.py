@@ -202,11 +202,28 @@ class DpoSettings(TrainingSettings):
 
 
 class DecodingSettings(Section):
-    """Constrained beam search."""
+    """Constrained beam search.
+
+    `beam` prefixes are kept after every level, or `level_beams` of them, one width for each token
+    of a Semantic ID but the last. `top_k` counts marketing objects.
+    """
 
     beam: PositiveInt = 32
+    level_beams: tuple[PositiveInt, ...] = ()
     top_k: PositiveInt = 20
-    batch_tokens: PositiveInt = 8192
+    batch_tokens: PositiveInt = Field(4096, description="of prompts and beams read at a time")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 on accelerators, float32 on CPUs"
+    )
+    normalise: Literal["vocabulary", "level"] = Field(
+        "vocabulary", description="log-probabilities among all tokens, or among a level's codes"
+    )
+    share_prefix: bool = Field(True, description="read what all prompts begin with once")
+    group_by: Literal["", "category", "advertiser_id"] = Field(
+        "", description="column of the ads of which a user gets at most max_per_group objects"
+    )
+    max_per_group: PositiveInt = 5
+    backend: Literal["leadre", "vllm"] = Field("leadre", description="what bulk inference runs on")
 
 
 class EvaluationSettings(Section):
