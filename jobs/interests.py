@@ -56,7 +56,8 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
             prompts(stored, users, semantic_ids)
             .join(ad_history(requests, behaviours), "request_id", "left")
             .crossJoin(codebook)
-            .select("user_id", "prompt", seen.alias("seen_ad_ids"), "codebook")
+            .select("user_id", "prompt", "prompt_hash", seen.alias("seen_ad_ids"), "codebook")
+            .orderBy("user_id")  # so that inference finds a user's earlier candidates in few pages
         )
         publish(spark, settings, lake, "user_prompts", ds, told)
 

@@ -17,7 +17,13 @@ from jobs.command import main, parser
 from leadre_lib import facts
 from leadre_lib.catalogue import catalogue
 from leadre_lib.errors import LeadreError, NothingToDo
-from leadre_lib.inference import part_paths, parts_folder
+from leadre_lib.inference import (
+    DECODING,
+    decoding_settings,
+    earlier_partition,
+    parts_folder,
+    parts_of,
+)
 from leadre_lib.lake import Lake
 from leadre_lib.online_store import OnlineStore
 from leadre_lib.quality import audit, candidate_outcomes, gate
@@ -26,31 +32,36 @@ from leadre_lib.settings import Settings
 from leadre_lib.spark import session
 
 
-def _parts(settings: Settings, lake: Lake, ds: dt.date, users: int) -> tuple[list[Path], str]:
+def _parts(settings: Settings, lake: Lake, ds: dt.date) -> tuple[list[Path], str]:
     """The parts of all shards, none missing, and the champion that wrote them."""
     champion = Releases(settings.releases).champion_entry(before=ds + dt.timedelta(days=1))
     if champion is None:
         raise NothingToDo("there is no champion yet, and so there are no candidates")
-    folder = parts_folder(settings, lake, ds, champion.release)
-    parts = part_paths(folder, users, settings.inference.users_per_part)
+    earlier = earlier_partition(settings, lake, ds, champion.release)
+    folder = parts_folder(settings, lake, ds, champion.release, earlier)
+    prompts = lake.use("user_prompts", ds)
+    parts = [part.path(folder) for part in parts_of(prompts, settings.inference.users_per_part)]
     if gone := [part for part in parts if not part.exists()]:
         raise LeadreError(
             f"{gone[0]}: {len(gone)} of {len(parts)} parts are missing: run infer for every shard"
         )
+    if earlier is not None:
+        lake.reads[earlier.name] = earlier.digest
     return parts, champion.release
 
 
 def run(args: argparse.Namespace, settings: Settings) -> None:
     """Stage the parts as one attempt, audit it, commit, serve."""
     ds, lake = args.ds, Lake(settings.lake)
-    active_users = lake.read("user_prompts", ds, ["user_id"]).num_rows
-    parts, release = _parts(settings, lake, ds, active_users)
-    lake.reads["champion"] = release
+    active_users = lake.partition("user_prompts", ds).rows
+    parts, release = _parts(settings, lake, ds)
+    lake.reads |= {"champion": release, DECODING: decoding_settings(settings)}
     ads = catalogue(
         lake.read("ads", ds), lake.read("ad_semantic_ids", ds), ds + dt.timedelta(days=1)
     )
     before = [day for day in lake.days("candidates") if day < ds]
-    earlier = lake.read("candidates", before[-1], ["score"])["score"] if before else None
+    columns = ["score", "source"]
+    earlier = lake.read("candidates", before[-1], columns) if before else None
     with lake.begin("candidates", ds) as attempt, session(settings, lake) as spark:
         attempt.folder.mkdir(parents=True)
         for number, part in enumerate(parts):

@@ -43,11 +43,11 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     console = Console()
     console.print(f"[bold]Prompt[/] of {args.user_id} at the end of {ds}\n", highlight=False)
     console.print(prompts["prompt"][0].as_py(), markup=False, highlight=False)
-    table = Table("rank", "score", "ad", "Semantic ID", "title", "category")
+    table = Table("rank", "source", "score", "ad", "Semantic ID", "title", "category")
     for row in rows:
         ad = named.get(row["ad_id"], {"title": "(no longer among the ads)", "category": ""})
-        cells = [str(row["rank"]), f"{row['score']:.3f}", row["ad_id"], row["semantic_id"]]
-        table.add_row(*cells, ad["title"], ad["category"])
+        cells = [str(row["rank"]), row["source"], f"{row['score']:.3f}", row["ad_id"]]
+        table.add_row(*cells, row["semantic_id"], ad["title"], ad["category"])
     release = rows[0]["release"] if rows else "none"
     console.print(f"\n[bold]Candidates[/] of release {release}", highlight=False)
     console.print(table)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from leadre_lib.catalogue import Catalogue
-from leadre_lib.decoding import BeamDecoder
+from leadre_lib.decoding import Decoder
 from leadre_lib.evaluation import (
     Histories,
     Scorer,
@@ -94,13 +94,13 @@ def baseline_metrics(
 
 
 def model_metrics(
-    decoder: BeamDecoder, cases: Cases, catalogue: Catalogue, exclude_seen: bool
+    decoder: Decoder, cases: Cases, catalogue: Catalogue, exclude_seen: bool
 ) -> dict[str, float]:
     """Metrics of a model through constrained beam search, ranked over items."""
     exclude = None
     if exclude_seen:
         exclude = np.split(cases.histories.values, cases.histories.offsets[1:-1])
-    ranked = decode_distinct(decoder, cases.prompts, 10, exclude)
+    ranked, _ = decode_distinct(decoder, cases.prompts, 10, exclude)
     return rank_metrics(ranked, cases.target, int(catalogue.active_objects.sum()), cases.ecpm)
 
 

@@ -48,17 +48,20 @@ def start_of(day: dt.date) -> Column:
 
 
 def curate_ads(raw_ads: DataFrame, behaviours: DataFrame | None) -> DataFrame:
-    """Add `text_hash`, the SHA-256 of title and description (see `embeddings.ad_text`), and `ecpm`,
-    the mean over the ad's impressions among `behaviours`, null where there are none.
+    """Add `text_hash`, the SHA-256 of title and description (see `embeddings.ad_text`), and, among
+    `behaviours`, `ecpm`, the mean over the ad's impressions, and `popularity`, its clicks and
+    conversions; both are null where there are none.
     """
     ads = raw_ads.withColumn("text_hash", F.sha2(F.concat_ws("\n", "title", "description"), 256))
     if behaviours is None:
-        return ads.withColumn("ecpm", F.lit(None).cast("double"))
-    shown = behaviours.where((F.col("domain") == AD) & (F.col("event_type") == "impression"))
-    worth = shown.groupBy(F.col("item_id").alias("ad_id")).agg(
-        F.round(F.avg("ecpm"), 6).alias("ecpm")
-    )
-    return ads.join(worth, "ad_id", "left")
+        ads = ads.withColumn("ecpm", F.lit(None).cast("double"))
+        return ads.withColumn("popularity", F.lit(None).cast("bigint"))
+    on_ads = behaviours.where(F.col("domain") == AD).withColumn("ad_id", F.col("item_id"))
+    shown = on_ads.where(F.col("event_type") == "impression")
+    worth = shown.groupBy("ad_id").agg(F.round(F.avg("ecpm"), 6).alias("ecpm"))
+    wanted = on_ads.where(F.col("event_type").isin("click", "conversion"))
+    popularity = wanted.groupBy("ad_id").agg(F.count("*").alias("popularity"))
+    return ads.join(worth, "ad_id", "left").join(popularity, "ad_id", "left")
 
 
 def one_stream(ad_events: DataFrame, content_events: DataFrame) -> DataFrame:

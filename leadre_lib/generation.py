@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from leadre_lib.constraint_index import ConstraintIndex
-from leadre_lib.decoding import BeamDecoder
-from leadre_lib.model import load, sid_token_ids
+from leadre_lib.decoding import BeamDecoder, Decoder
+from leadre_lib.model import load, load_tokenizer, sid_token_ids
 from leadre_lib.settings import Settings
+from leadre_lib.vllm_decoder import VllmDecoder
 
 
 def sid_sizes(codebook_sizes: Sequence[int], settings: Settings) -> list[int]:
@@ -22,17 +23,31 @@ def sid_sizes(codebook_sizes: Sequence[int], settings: Settings) -> list[int]:
     return [*codebook_sizes, settings.semantic_ids.collision_codes]
 
 
-def open_decoder(model: Path, index: ConstraintIndex, settings: Settings) -> BeamDecoder:
+def open_decoder(
+    model: Path,
+    index: ConstraintIndex,
+    settings: Settings,
+    groups: np.ndarray | None = None,
+    device: str = "",
+) -> Decoder:
     """A decoder that writes the active marketing objects of an index; its rows are the index's.
 
     Args:
         model: folder of a model and its tokenizer.
+        groups: int [objects], see `BeamDecoder`.
+        device: such as `cuda:1`; empty: the first accelerator, or the CPU without any.
 
     Raises:
-        LeadreError: the model cannot be loaded or does not know these Semantic IDs.
+        LeadreError: the model cannot be loaded or does not know these Semantic IDs, or the engine
+            that `decoding.backend` names is not installed.
     """
+    if settings.decoding.backend == "vllm":
+        tokenizer = load_tokenizer(model)
+        ids = sid_token_ids(tokenizer, index.sizes)
+        return VllmDecoder(
+            model, tokenizer, index, ids, settings.decoding, settings.model.max_tokens
+        )
     loaded, tokenizer = load(model)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     return BeamDecoder(
         loaded,
         tokenizer,
@@ -40,14 +55,15 @@ def open_decoder(model: Path, index: ConstraintIndex, settings: Settings) -> Bea
         sid_token_ids(tokenizer, index.sizes),
         settings.decoding,
         settings.model.max_tokens,
-        device,
+        device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        groups,
     )
 
 
 def decode_distinct(
-    decoder: BeamDecoder, prompts: Sequence[str], k: int, exclude: Sequence[np.ndarray] | None
-) -> np.ndarray:
-    """Object rows int64 [prompts, k] of each prompt.
+    decoder: Decoder, prompts: Sequence[str], k: int, exclude: Sequence[np.ndarray] | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `Decoder.decode` gives, objects and scores, both [prompts, k].
 
     Equal prompts with equal exclusions share the work.
     """
@@ -60,9 +76,10 @@ def decode_distinct(
         first.setdefault(key, row)
     chosen = list(first.values())
     place = {key: at for at, key in enumerate(first)}
-    objects, _ = decoder.decode(
+    objects, scores = decoder.decode(
         [prompts[row] for row in chosen],
         k,
         None if exclude is None else [exclude[row] for row in chosen],
     )
-    return objects[[place[key] for key in keys]]
+    of_each = [place[key] for key in keys]
+    return objects[of_each], scores[of_each]

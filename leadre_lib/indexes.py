@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from leadre_lib.catalogue import Catalogue
+from leadre_lib.catalogue import Catalogue, Rows
 from leadre_lib.constraint_index import ConstraintIndex
 from leadre_lib.embeddings import embed
 from leadre_lib.errors import LeadreError
@@ -175,6 +175,20 @@ def open_constraint(
     return ConstraintIndex.build(
         catalogue.codes, sizes, catalogue.active_objects, codebook=catalogue.codebook
     )
+
+
+def open_neighbours(release: Release, catalogue: Catalogue) -> tuple[EmbeddingIndex, Rows]:
+    """The nearest-neighbour index of a release, mapped, and what it holds of a catalogue.
+
+    Returns:
+        the index, and the catalogue's object row of each of its vectors, int64; -1 where the
+        catalogue has no such object.
+    """
+    ids = read_objects(release)["marketing_object_id"]
+    dim = Codebook.load(release.folder / "codebook").config["dim"]
+    index = EmbeddingIndex.load(release.folder / NEIGHBOURS, len(ids), dim)
+    rows = pc.fill_null(pc.index_in(ids.combine_chunks(), catalogue.object_ids), -1)
+    return index, rows.to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def _read(path: Path) -> pa.Table:

@@ -1,11 +1,12 @@
 """Bulk inference: candidates of all users, part by part, in shards, resumable.
 
-The users, in the order of their ids, are cut into parts of fixed size; a shard takes every n-th
-part, and each finished part is a parquet file. A rerun with the same inputs skips the parts that
-are there, and because a part's users depend on nothing else, the rows are the same with or without
-a kill and whatever the number of shards.
+The rows of `user_prompts` are cut into parts of bounded size, in the order of the published files.
+A shard is a run of neighbouring parts, and each finished part is a parquet file. A rerun with the
+same inputs skips the parts that are there, and because a part's users depend on nothing else, the
+rows are the same with or without a kill and whatever the number of shards. Prompts are read as a
+stream: memory does not grow with the number of users.
 
-Knows nothing of DAGs, gates or the online store.
+Knows nothing of DAGs, gates, the online store or how candidates are made.
 """
 
 from __future__ import annotations
@@ -16,24 +17,22 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from leadre_lib.catalogue import Catalogue
-from leadre_lib.contracts import load_contract
-from leadre_lib.decoding import BeamDecoder
-from leadre_lib.lake import Lake
+from leadre_lib.candidates import USER_COLUMNS, Earlier, Retriever
+from leadre_lib.lake import Lake, LakeError, Partition
 from leadre_lib.settings import Settings
 
 log = logging.getLogger(__name__)
 
-INPUTS = ("ads", "ad_semantic_ids", "user_prompts")
+INPUTS = ("ads", "ad_semantic_ids")
+DECODING = "decoding"
 
 
 @dataclass(frozen=True)
@@ -43,105 +42,138 @@ class Shard:
     number: int
     count: int
 
+    def of(self, parts: Sequence[Part]) -> Sequence[Part]:
+        """Its run of the parts, as long as any other's but for one."""
+        bounds = [len(parts) * n // self.count for n in (self.number, self.number + 1)]
+        return parts[bounds[0] : bounds[1]]
 
-def parts_folder(settings: Settings, lake: Lake, ds: dt.date, release: str) -> Path:
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of `user_prompts`: slice `nth` of a row group of a file.
+
+    `number` counts over all files.
+    """
+
+    number: int
+    file: Path
+    row_group: int
+    nth: int
+
+    def path(self, folder: Path) -> Path:
+        """Where its candidates are written."""
+        return folder / f"part-{self.number:06d}.parquet"
+
+
+def parts_of(prompts: Partition, users_per_part: int) -> list[Part]:
+    """The parts of a partition of `user_prompts`, told by the files' footers.
+
+    Raises:
+        LakeError: a file cannot be read; the message names it.
+    """
+    parts: list[Part] = []
+    for file in prompts.files:
+        try:
+            footer = pq.read_metadata(file)
+        except (pa.ArrowException, OSError) as error:
+            raise LakeError(
+                f"{file}: cannot be read ({error}); publish the partition again"
+            ) from None
+        for group in range(footer.num_row_groups):
+            slices = -(-footer.row_group(group).num_rows // users_per_part)
+            parts += [Part(len(parts) + nth, file, group, nth) for nth in range(slices)]
+    return parts
+
+
+def decoding_settings(settings: Settings) -> str:
+    """Digest of the settings that candidates depend on, the prompts' apart."""
+    what = [
+        settings.decoding.model_dump(),
+        settings.inference.fill,
+        settings.evaluation.exclude_seen,
+        settings.model.max_tokens,
+    ]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def earlier_partition(
+    settings: Settings, lake: Lake, ds: dt.date, release: str
+) -> Partition | None:
+    """The candidates that may be carried over: of the day before, if they were published by the
+    same release with the same settings. None also where `inference.incremental` is off.
+    """
+    days = [day for day in lake.days("candidates") if day < ds]
+    if not settings.inference.incremental or not days:
+        return None
+    earlier = lake.partition("candidates", days[-1])
+    wanted = {"champion": release, DECODING: decoding_settings(settings)}
+    told = {name: earlier.inputs.get(name) for name in wanted}
+    if told != wanted:
+        log.info("%s is of another release or other settings: decoding everybody", earlier.name)
+        return None
+    return earlier
+
+
+def open_earlier(settings: Settings, ds: dt.date, partition: Partition | None) -> Earlier | None:
+    """The rows of `earlier_partition` that are young enough."""
+    if partition is None:
+        return None
+    since = ds - dt.timedelta(days=settings.inference.max_age_days)
+    return Earlier(partition.files, since)
+
+
+def parts_folder(
+    settings: Settings, lake: Lake, ds: dt.date, release: str, earlier: Partition | None
+) -> Path:
     """Where the parts of these very inputs lie; other inputs, another folder."""
-    inputs = [lake.partition(name, ds).digest for name in INPUTS]
     what = [
         release,
-        inputs,
-        settings.decoding.model_dump(),
+        [lake.partition(name, ds).digest for name in INPUTS],
+        lake.partition("user_prompts", ds).attempt,  # the same rows in other files: other parts
+        earlier and [earlier.digest, settings.inference.max_age_days],
+        decoding_settings(settings),
         settings.inference.users_per_part,
-        settings.evaluation.exclude_seen,
     ]
     key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
     return settings.work(ds) / "infer" / key
 
 
-def part_paths(folder: Path, users: int, users_per_part: int) -> list[Path]:
-    """The parts of all users, in their order."""
-    return [folder / f"part-{number:06d}.parquet" for number in range(-(-users // users_per_part))]
-
-
-def infer_shard(
-    prompts: pa.Table,
-    shard: Shard,
-    decoder: BeamDecoder,
-    catalogue: Catalogue,
-    release: str,
-    folder: Path,
-    settings: Settings,
-) -> None:
-    """Write the parts of a shard into `folder`.
+def infer_shard(parts: Sequence[Part], retriever: Retriever, folder: Path, size: int) -> None:
+    """Write the candidates of a shard's parts into `folder`, those that are not there yet.
 
     Args:
-        prompts: columns `user_id`, `prompt`, `seen_ad_ids` of all users, sorted by user.
-        release: name of the release that decodes, for the rows.
+        parts: of the shard.
         folder: see `parts_folder`.
+        size: users a part, as `parts_of` was told.
     """
-    size = settings.inference.users_per_part
     folder.mkdir(parents=True, exist_ok=True)
-    parts = list(enumerate(part_paths(folder, prompts.num_rows, size)))
-    parts = parts[shard.number :: shard.count]
-    open_parts = [(number, path) for number, path in parts if not path.exists()]
-    if finished := len(parts) - len(open_parts):
-        log.info("%d of %d parts are finished already", finished, len(parts))
-    began, done = time.monotonic(), 0
-    for position, (number, path) in enumerate(open_parts):
-        users = prompts.slice(number * size, size)
-        seen = list(_seen_rows(users, catalogue)) if settings.evaluation.exclude_seen else None
-        objects, scores = decoder.decode(users["prompt"].to_pylist(), settings.decoding.top_k, seen)
-        _write(candidate_rows(users["user_id"], objects, scores, catalogue, release), path)
-        done += users.num_rows
-        rate = done / (time.monotonic() - began)
+    todo = [part for part in parts if not part.path(folder).exists()]
+    if len(todo) < len(parts):
+        log.info("%d of %d parts are finished already", len(parts) - len(todo), len(parts))
+    began, users, decoded = time.monotonic(), 0, 0
+    for done, (part, table) in enumerate(_read(todo, size), start=1):
+        rows, new = retriever.candidates(table)
+        _write(rows, part.path(folder))
+        users, decoded = users + table.num_rows, decoded + new
+        rate = users / (time.monotonic() - began)
         log.info(
-            "shard %d/%d: %d of %d parts, %.0f users/s, about %.0f s left",
-            shard.number + 1,
-            shard.count,
-            finished + position + 1,
-            len(parts),
-            rate,
-            (len(open_parts) - position - 1) * size / rate,
+            "%d of %d parts: %.0f users/s, %.0f %% of them decoded, about %.0f s left",
+            *(len(parts) - len(todo) + done, len(parts), rate, 100 * decoded / users),
+            (len(todo) - done) * size / rate,
         )
 
 
-def _seen_rows(users: pa.Table, catalogue: Catalogue) -> Iterator[np.ndarray]:
-    lists = users["seen_ad_ids"].combine_chunks()
-    rows = catalogue.object_rows(lists.flatten())
-    lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
-    for seen in np.split(rows, np.cumsum(lengths)[:-1]):
-        yield seen[seen >= 0]
-
-
-def candidate_rows(
-    user_ids: pa.ChunkedArray,
-    objects: np.ndarray,
-    scores: np.ndarray,
-    catalogue: Catalogue,
-    release: str,
-) -> pa.Table:
-    """Decoder output, [users, k] each, as rows of the contract `candidates`.
-
-    An object stands as its active ads, by eCPM, which share its score; an object without any, as
-    when its last ad was stopped since, is left out.
-    """
-    user, place = np.nonzero(objects >= 0)
-    ads, found = catalogue.expand(objects[user, place])
-    user, place = user[found], place[found]
-    first = np.flatnonzero(np.diff(user, prepend=-1))
-    rank = np.arange(len(user)) - np.repeat(first, np.diff(first, append=len(user))) + 1
-    sids = catalogue.objects["semantic_id"].combine_chunks()
-    table = pa.table(
-        {
-            "user_id": user_ids.combine_chunks().take(pa.array(user)),
-            "rank": pa.array(rank, pa.int32()),
-            "ad_id": catalogue.ad_ids.take(pa.array(ads)),
-            "semantic_id": sids.take(pa.array(catalogue.owner[ads])),
-            "score": pa.array(scores[user, place].astype(np.float64)),
-            "release": pa.array(np.full(len(user), release)),
-        }
-    )
-    return table.cast(load_contract("candidates").arrow_schema())
+def _read(parts: Sequence[Part], size: int) -> Iterator[tuple[Part, pa.Table]]:
+    """The users of each part; of a row group no more than one part is held."""
+    for (file, group), wanted in groupby(parts, lambda part: (part.file, part.row_group)):
+        by_nth = {part.nth: part for part in wanted}
+        with pq.ParquetFile(file) as opened:
+            batches = opened.iter_batches(size, row_groups=[group], columns=USER_COLUMNS)
+            for nth, batch in enumerate(batches):
+                if nth in by_nth:
+                    yield by_nth.pop(nth), pa.Table.from_batches([batch])
+        if by_nth:
+            raise LakeError(f"{file}: shorter than its footer says; publish the partition again")
 
 
 def _write(table: pa.Table, path: Path) -> None:

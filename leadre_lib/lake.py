@@ -369,6 +369,14 @@ class Lake:
         """The rows of one partition as an Arrow table. Raises `LakeError` as `partition` does."""
         return _read_files(self.use(table, ds, version).files, load_contract(table), columns)
 
+    def values(self, table: str, ds: dt.date, column: str) -> list[Any]:
+        """The distinct values of a column of one partition, read as a stream; null among them."""
+        files = [str(path) for path in self.use(table, ds).files]
+        schema = load_contract(table).arrow_schema()
+        scanner = pads.dataset(files, schema=schema, format="parquet").scanner(columns=[column])
+        found = {value for batch in scanner.to_batches() for value in batch[0].unique().to_pylist()}
+        return sorted(found, key=repr)
+
     def begin(self, table: str, ds: dt.date) -> Attempt:
         """Start an attempt at a partition. Use it as a context manager."""
         files = self._files(table).get(ds)

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from leadre_lib.errors import LeadreError
 
-COLUMNS = ("user_id", "rank", "ad_id", "semantic_id", "score", "release")
+COLUMNS = ("user_id", "rank", "ad_id", "semantic_id", "score", "source", "release")
 BATCH_ROWS = 65536
 
 
@@ -33,19 +33,19 @@ class OnlineStore:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(self.path, timeout=60)) as db, db:
             db.execute("PRAGMA journal_mode = WAL")
-            db.execute(
-                "CREATE TABLE IF NOT EXISTS candidates (user_id TEXT, rank INTEGER, ad_id TEXT,"
-                " semantic_id TEXT, score REAL, release TEXT, PRIMARY KEY (user_id, rank))"
-                " WITHOUT ROWID"
-            )
             db.execute("CREATE TABLE IF NOT EXISTS served (ds TEXT)")
             db.execute("BEGIN IMMEDIATE")
-            db.execute("DELETE FROM candidates")
+            db.execute("DROP TABLE IF EXISTS candidates")
+            db.execute(
+                "CREATE TABLE candidates (user_id TEXT, rank INTEGER, ad_id TEXT, semantic_id TEXT,"
+                " score REAL, source TEXT, release TEXT, PRIMARY KEY (user_id, rank)) WITHOUT ROWID"
+            )
             db.execute("DELETE FROM served")
             for batch in candidates.select(list(COLUMNS)).to_batches(BATCH_ROWS):
                 columns = [column.to_pylist() for column in batch.columns]
                 db.executemany(
-                    "INSERT INTO candidates VALUES (?, ?, ?, ?, ?, ?)", zip(*columns, strict=True)
+                    "INSERT INTO candidates VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    zip(*columns, strict=True),
                 )
             db.execute("INSERT INTO served VALUES (?)", (ds.isoformat(),))
 
@@ -68,9 +68,15 @@ class OnlineStore:
         if self.served() is None:
             raise LeadreError(f"{self.path}: no online store yet: run the daily chain first")
         with closing(sqlite3.connect(self.path)) as db:
-            rows = db.execute(
-                "SELECT user_id, rank, ad_id, semantic_id, score, release FROM candidates"
-                " WHERE user_id = ? ORDER BY rank",
-                (user_id,),
-            ).fetchall()
-        return [dict(zip(COLUMNS, row, strict=True)) for row in rows]
+            db.row_factory = sqlite3.Row
+            try:
+                rows = db.execute(
+                    "SELECT user_id, rank, ad_id, semantic_id, score, source, release"
+                    " FROM candidates WHERE user_id = ? ORDER BY rank",
+                    (user_id,),
+                ).fetchall()
+            except sqlite3.OperationalError as error:
+                raise LeadreError(
+                    f"{self.path}: not as this version writes it ({error}): publish the day again"
+                ) from None
+        return [dict(row) for row in rows]

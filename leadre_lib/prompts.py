@@ -54,7 +54,8 @@ def long_term_sentence() -> Column:
 def short_term_sentences(requests: DataFrame, semantic_ids: DataFrame) -> DataFrame:
     """`request_id` with `with_ids` and `with_titles`: `days ago*behaviour*what`, oldest first.
 
-    `what` is the Semantic ID of an ad (its title in `with_titles`) and the title of content.
+    `what` is the Semantic ID of an ad (its title in `with_titles`) and the title of content. In
+    `with_dates`, which is like `with_ids`, the date stands in place of `days ago`.
     Requests without behaviours are left out.
     """
     ids = semantic_ids.select(
@@ -66,14 +67,17 @@ def short_term_sentences(requests: DataFrame, semantic_ids: DataFrame) -> DataFr
         .join(ids, ["item_id", "domain"], "left")
     )
     days = age_in_days(F.col("cutoff"), F.col("event_time")).cast("string")
-    start = F.concat(days, F.lit("*"), F.col("event_type"), F.lit("*"))
+    date = F.to_date("event_time").cast("string")
+    kind = F.concat(F.lit("*"), F.col("event_type"), F.lit("*"))
     title = plain(F.col("title"))
+    what = F.coalesce(F.col("semantic_id"), title)
     steps = steps.select(
         "request_id",
         F.struct(
             "place",
-            F.concat(start, F.coalesce(F.col("semantic_id"), title)).alias("with_ids"),
-            F.concat(start, title).alias("with_titles"),
+            F.concat(days, kind, what).alias("with_ids"),
+            F.concat(days, kind, title).alias("with_titles"),
+            F.concat(date, kind, what).alias("with_dates"),
         ).alias("step"),
     )
     collected = steps.groupBy("request_id").agg(F.sort_array(F.collect_list("step")).alias("steps"))
@@ -86,6 +90,7 @@ def short_term_sentences(requests: DataFrame, semantic_ids: DataFrame) -> DataFr
         "request_id",
         sentence("with_ids").alias("with_ids"),
         sentence("with_titles").alias("with_titles"),
+        sentence("with_dates").alias("with_dates"),
     )
 
 
@@ -98,8 +103,9 @@ def prompts(requests: DataFrame, users: DataFrame, semantic_ids: DataFrame) -> D
         semantic_ids: `ad_id` and `semantic_id` of every ad known.
 
     Returns:
-        The columns of `requests` with `prompt`, in which ads stand as Semantic IDs, and
-        `title_prompt`, in which they stand by their titles.
+        The columns of `requests` with `prompt`, in which ads stand as Semantic IDs, `title_prompt`,
+        in which they stand by their titles, and `prompt_hash`, the SHA-256 of a prompt with dates
+        in place of days ago: equal as long as there is nothing new to say.
     """
     profiles = users.select("user_id", profile_sentence().alias("profile"))
     joined = requests.join(profiles, "user_id", "left").join(
@@ -113,5 +119,6 @@ def prompts(requests: DataFrame, users: DataFrame, semantic_ids: DataFrame) -> D
     return (
         joined.withColumn("prompt", text("with_ids"))
         .withColumn("title_prompt", text("with_titles"))
-        .drop("profile", "with_ids", "with_titles")
+        .withColumn("prompt_hash", F.sha2(text("with_dates"), 256))
+        .drop("profile", "with_ids", "with_titles", "with_dates")
     )

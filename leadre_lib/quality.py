@@ -245,7 +245,7 @@ def candidate_outcomes(
     candidates: pa.Table,
     catalogue: Catalogue,
     active_users: int,
-    earlier_scores: pa.ChunkedArray | None,
+    earlier: pa.Table | None,
     settings: QualitySettings,
 ) -> list[Outcome]:
     """What a column's checks cannot see: stopped ads, coverage of users, drift of the scores."""
@@ -267,9 +267,15 @@ def candidate_outcomes(
             else "",
         ),
     ]
-    if earlier_scores is not None and len(earlier_scores) and candidates.num_rows:
-        drift = pc.mean(candidates["score"]).as_py() - pc.mean(earlier_scores).as_py()
+    scores = [_model_scores(rows) for rows in (candidates, earlier) if rows is not None]
+    if len(scores) == 2 and all(map(len, scores)):
+        drift = pc.mean(scores[0]).as_py() - pc.mean(scores[1]).as_py()
         limit = settings.max_score_drift
         failed = f"the mean score moved by {drift:.2f}" if abs(drift) > limit else ""
         outcomes.append(Outcome("candidates", Check("score_drift", {}, "warning"), failed))
     return outcomes
+
+
+def _model_scores(candidates: pa.Table) -> pa.ChunkedArray:
+    """The log-probabilities among the scores."""
+    return candidates.filter(pc.equal(candidates["source"], "model"))["score"]

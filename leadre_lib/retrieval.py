@@ -183,6 +183,21 @@ class EmbeddingIndex:
             np.pad(np.take_along_axis(rows, order, 1), pad, constant_values=-1),
         )
 
+    def vectors(self, rows: Rows) -> Vectors:
+        """The vectors of some rows, float32 [n, dim], rounded as the index keeps them.
+
+        Raises:
+            LeadreError: a row is none of the index.
+        """
+        rows = np.ascontiguousarray(rows, np.int64)
+        if len(rows) and not 0 <= rows.min() <= rows.max() < self.rows:
+            raise LeadreError(f"embedding index: a row lies outside its {self.rows} rows")
+        index: Any = self._index
+        if isinstance(index, faiss.IndexRefine):  # its codes by lists know no rows; these do
+            index = faiss.downcast_index(index.refine_index)
+        found: Vectors = index.reconstruct_batch(rows)
+        return found
+
     def recall_on(self, queries: Vectors, vectors: Vectors, best: Vectors) -> float:
         """Share of the best rows that `search` finds.
 

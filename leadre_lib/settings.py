@@ -239,7 +239,12 @@ class InferenceSettings(Section):
     shards: PositiveInt = 2
     threads: PositiveInt = Field(1, description="of one shard; shards times threads: the cores")
     active_days: PositiveInt = 30
-    users_per_part: PositiveInt = 512
+    users_per_part: PositiveInt = Field(1024, description="of whom a kill loses the work at most")
+    fill: bool = Field(True, description="up to top_k objects from neighbours and popularity")
+    incremental: bool = Field(
+        False, description="carry over the candidates of users whose prompt says what it said"
+    )
+    max_age_days: PositiveInt = Field(7, description="after which they are decoded all the same")
 
 
 class SparkSettings(Section):

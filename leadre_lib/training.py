@@ -358,6 +358,9 @@ def _launch(folder: Path, section: TrainingSettings) -> int:
         finally:
             end_ranks(folder)
             launcher.wait()
+            # DeepSpeed leaves the ranks' shared memory, 69 MB each, behind.
+            for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+                buffer.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -36,6 +36,7 @@ FLOORS: list[set[str]] = [
         "vllm_decoder",
         "generation",
         "assignment",
+        "candidates",
         "inference",
         "retrieval",
         "synthetic",

@@ -98,18 +98,20 @@ def test_events_are_judged_once_and_with_a_reason(spark: SparkSession) -> None:
     assert kept["e02"]["category"] == "sports/running"
 
 
-def test_an_ad_is_worth_the_mean_of_its_impressions(spark: SparkSession) -> None:
+def test_an_ad_has_the_mean_worth_of_its_impressions_and_its_popularity(
+    spark: SparkSession,
+) -> None:
     events = [
         ad_event("i1", "u1", "a1", "impression", at(DAY0, 8), ecpm=4.0),
         ad_event("i2", "u2", "a1", "impression", at(DAY0, 9), ecpm=1.0),
         ad_event("i3", "u2", "a1", "click", at(DAY0, 9), ecpm=90.0),
         ad_event("i4", "u1", "a2", "impression", at(DAY0, 9)),
+        ad_event("i5", "u1", "a1", "conversion", at(DAY0, 10)),
     ]
     raw = frame(spark, "raw_ads", ADS)
-    worth = {
-        r["ad_id"]: r["ecpm"] for r in curate_ads(raw, behaviours(spark, events, [])).collect()
-    }
-    assert worth == {"a1": 2.5, "a2": None, "a3": None, "a4": None}
+    curated = curate_ads(raw, behaviours(spark, events, [])).collect()
+    worth = {row["ad_id"]: (row["ecpm"], row["popularity"]) for row in curated}
+    assert worth == {"a1": (2.5, 2), "a2": (None, None), "a3": (None, None), "a4": (None, None)}
     unknown = curate_ads(raw, None).collect()
     assert [row["ecpm"] for row in unknown] == [None] * 4
     assert all(len(row["text_hash"]) == 64 for row in unknown)
@@ -197,6 +199,21 @@ def test_the_prompt_has_its_five_parts_and_no_holes(spark: SparkSession) -> None
         "You are an ad recommendation system.\n"
         "What ad will the user be interested in next?\nAnswer: "
     )
+
+
+def test_a_prompt_keeps_its_hash_until_it_has_news(spark: SparkSession) -> None:
+    def asked(days: int, *more: dict[str, Any]) -> tuple[str, str]:
+        stream = behaviours(spark, [*DAY0_AD_EVENTS, *more], DAY0_CONTENT_EVENTS)
+        cutoff = at(DAY1, 0) + dt.timedelta(days=days)
+        known = interests(requests(spark, ("u1", cutoff)), stream, WINDOW)
+        row = prompts(known, frame(spark, "raw_users", USERS), ids(spark)).first()
+        return row["prompt"], row["prompt_hash"]
+
+    (today, now), (tomorrow, then) = asked(0), asked(1)
+    assert today != tomorrow
+    assert now == then
+    assert asked(1, ad_event("new", "u1", "a2", "click", at(DAY1, 9)))[1] != now
+    assert len(now) == 64
 
 
 def test_what_stands_before_a_behaviour_does_not_depend_on_it(spark: SparkSession) -> None:

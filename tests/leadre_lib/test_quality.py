@@ -4,17 +4,34 @@ from __future__ import annotations
 
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from pyspark.sql import SparkSession
 
+from leadre_lib.catalogue import catalogue
 from leadre_lib.contracts import Check, load_contract
 from leadre_lib.lake import Lake
-from leadre_lib.quality import QualityError, gate, publish, run_checks, volume
+from leadre_lib.quality import (
+    QualityError,
+    candidate_outcomes,
+    gate,
+    publish,
+    run_checks,
+    volume,
+)
 from leadre_lib.settings import Settings
 from leadre_lib.spark import read
-from tests.worlds import ADS, DAY0, DAY0_AD_EVENTS, DAY1, USERS, rows
+from tests.worlds import ADS, DAY0, DAY0_AD_EVENTS, DAY1, USERS, assign_ids, rows
 
-CANDIDATE = {"user_id": "u1", "semantic_id": "<a_0>", "score": -1.0, "release": "r"}
+CANDIDATE = {
+    "user_id": "u1",
+    "semantic_id": "<a_0>",
+    "score": -1.0,
+    "source": "model",
+    "release": "r",
+    "prompt_hash": "h",
+    "decoded_on": DAY0,
+}
 
 
 def candidate(rank: int, ad_id: str, **more: Any) -> dict[str, Any]:
@@ -31,7 +48,8 @@ BAD: list[tuple[str, list[dict[str, Any]], str]] = [
     ("candidates", [], "row_count"),
     ("candidates", [candidate(1, "a1"), candidate(1, "a2")], "compound_columns_to_be_unique"),
     ("candidates", [candidate(1, "a1"), candidate(2, "a1")], "compound_columns_to_be_unique"),
-    ("candidates", [candidate(1, "a1", score=0.5)], "between"),
+    ("candidates", [candidate(0, "a1")], "between"),
+    ("candidates", [candidate(1, "a1", source="guess")], "in_set"),
     ("candidates", [candidate(1, "a1", release=None)], "not_be_null"),
     ("raw_users", [*USERS, USERS[0]], "values_to_be_unique"),
     ("raw_users", [{"user_id": "u9", "age": 200}], "between"),
@@ -128,3 +146,19 @@ def test_volume_is_compared_with_the_days_after_the_initial_load(
     checked = [volume(lake, "raw_users", day, settings.quality).failed for day in days]
     assert [bool(text) for text in checked] == [False, False, False, True]
     assert DAY1 in lake.days("raw_users")
+
+
+def test_score_drift_is_that_of_the_model_alone(settings: Settings, lake: Lake) -> None:
+    assign_ids(lake, DAY0)
+    ids = lake.read("ad_semantic_ids", DAY0)
+    ads = catalogue(rows("ads", [{**a, "text_hash": ""} for a in ADS]), ids, DAY1)
+
+    def drift(now: list[dict[str, Any]], before: pa.Table | None) -> list[str]:
+        found = candidate_outcomes(rows("candidates", now), ads, 1, before, settings.quality)
+        return [outcome.failed for outcome in found if outcome.check.type == "score_drift"]
+
+    before = rows("candidates", GOOD["candidates"])
+    filled = candidate(3, "a3", score=5000.0, source="popularity")
+    assert drift([*GOOD["candidates"], filled], before) == [""]
+    assert "moved by -8.00" in drift([candidate(1, "a1", score=-9.0)], before)[0]
+    assert drift([filled], before) == drift(GOOD["candidates"], None) == []

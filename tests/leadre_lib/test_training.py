@@ -58,7 +58,9 @@ def trained(
     """The work folder of an SFT that nothing disturbed."""
     work = tmp_path_factory.mktemp("trained")
     prepare(examples, work, settings)
+    shared = set(Path("/dev/shm").glob("deepspeed_*"))
     training.run_ranks("sft", work, settings)
+    assert set(Path("/dev/shm").glob("deepspeed_*")) <= shared  # no memory is left behind
     return work
 
 
