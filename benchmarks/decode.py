@@ -12,14 +12,17 @@ Prints three tables on one random model, from one run; prompts are random, and b
 3. `leadre` beside the two at other prompts, beams and catalogues.
 
 Columns: `batch`: users at a time. `x generate`, `x forward`: how many times as many users a second
-as these. `same top-10`: fraction of users whose ten best ads are, as a set, those of the float32
-decoder with everything off. `recall@10`: of the ten best ads of a far wider beam, the fraction that
-is found. `peak MB`: what tensors take at most beyond model and catalogue, counted by torch's
-allocator. `of peak`: of `--peak-tflops`, with the FLOPs that `benchmarks.cost` counts.
+as these have. `of leadre`: the same of the first row, or of the sorted batches for those that are
+not. `same top-10`: fraction of users whose ten best ads are, as a set, those of the float32 decoder
+with everything off; a random model's scores lie close together, so that bfloat16 changes more than
+with a trained one. `recall@10`: of the ten best ads of a beam of 512, the fraction that is found.
+`peak MB`: what tensors take at most beyond model and catalogue, counted by torch's allocator.
+`of peak`: of `--peak-tflops`, with the FLOPs that `benchmarks.cost` counts.
 
-All is float32 where no `bfloat16` is said; on CUDA all but the checks is bfloat16. The run fails
-if in float32 `leadre` finds other ads than `generate`, or other ones with an optimisation off; two
-ads whose scores differ by rounding alone may change places.
+All is float32 where no `bfloat16` is said, and `forward` and `generate` in `x` columns are those of
+float32, on CUDA of bfloat16, where only checks are float32. `normalise level` and `level_beams`
+score or keep other ads. The run fails if in float32 `leadre` finds other ads than `generate`, or
+others with an optimisation off; ads whose scores differ by rounding alone may change places.
 """
 
 from __future__ import annotations
@@ -39,8 +42,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.cost import BENCH, QWEN3, QWEN25, Shape, Work, flops
@@ -82,7 +83,7 @@ class Method:
 
     run: Callable[[], Any]
     users: int
-    batch: int | None
+    batch: int
     exact: Found | None = None
     equal: bool = False
 
@@ -104,7 +105,11 @@ def arguments() -> argparse.ArgumentParser:
         ("shared", 32, "first tokens that all prompts have in common"),
         ("beam", 32, "beams a user"),
         ("ads", 10_000, "ads in the catalogue"),
-        ("batch-tokens", 4096, "of prompts and beams that leadre reads at a time"),
+        (
+            "batch-tokens",
+            DecodingSettings().batch_tokens,
+            "of prompts and beams that leadre reads at a time",
+        ),
         ("repeats", 3, "rounds in which the methods take turns; the median is reported"),
         ("threads", 2, "of torch"),
         ("device", device, "cpu or cuda"),
@@ -114,22 +119,19 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
+class Longer(list[Any]):
+    """A list that says it has one more, so that none of its layers is the last."""
+
+    def __len__(self) -> int:
+        return super().__len__() + 1
+
+
 class FullLastLayer(Transformer):
     """Computes the prompt's last layer in full, as a plain forward pass does."""
 
-    def _attention_inputs(self, hidden: Any, layer: Any, rotation: Any) -> Any:
-        inputs = super()._attention_inputs(hidden, layer, rotation)
-        self._seen = hidden, layer, inputs[0].transpose(1, 2)
-        return inputs
-
-    def read(self, ids: Any, lengths: Any, prefix: Context | None = None) -> Context:
-        context = super().read(ids, lengths, prefix)
-        hidden, layer, query = self._seen
-        mask = causal_lower_right(query.shape[2], context.tokens)
-        inputs = query, context.keys[-1], context.values[-1], mask
-        mixed = F.scaled_dot_product_attention(*inputs, scale=self._scale, enable_gqa=True)
-        self._after_attention(hidden, mixed.transpose(1, 2).flatten(2), layer)
-        return context
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._layers = Longer(self._layers)
 
 
 class ContextPerBeam(Transformer):
@@ -138,19 +140,17 @@ class ContextPerBeam(Transformer):
     def step(self, context: Context, ids: Any, parents: Any = None) -> Any:
         if parents is None:
             return super().step(context, ids)
-        users, beams = ids.shape
-        before = len(context.lengths) // users  # beams of the step before
-        first = before * torch.arange(users, device=ids.device)[:, None]
-        rows = (first + parents).flatten()
+        users = len(ids)
+        before = len(context.lengths) // users  # contexts a user: 1, then one a beam
+        rows = (before * torch.arange(users, device=ids.device)[:, None] + parents).flatten()
         context.own = [(keys[rows], values[rows]) for keys, values in context.own]
-        for name in ("keys", "values"):
-            layers = getattr(context, name)
-            for number, layer in enumerate(layers):  # one by one, so that only one is there twice
-                layers[number] = layer[rows] if before > 1 else layer.repeat_interleave(beams, 0)
+        for layers in (context.keys, context.values):
+            for number, layer in enumerate(layers):  # one by one: only one is there twice
+                layers[number] = layer[rows]
         context.lengths = context.lengths[rows]
         context.padding = None if context.padding is None else context.padding[rows]
         hidden = super().step(context, ids.view(-1, 1), torch.zeros_like(ids).view(-1, 1))
-        return hidden.view(users, beams, -1)
+        return hidden.view(*ids.shape, -1)
 
 
 def build_model(kind: str, shape: Shape, dtype: torch.dtype, device: str) -> Any:
@@ -194,10 +194,11 @@ class Bench:
         self.dtype = "bfloat16" if args.device == "cuda" else "float32"
         self.dtypes = ["bfloat16"] if args.device == "cuda" else ["float32", "bfloat16"]
         self.tokenizer = build_tokenizer(["a prompt"], sid_tokens((CODES,) * LEVELS), 300)
-        made = [build_model(kind, self.shape, torch.float32, args.device)]
-        made.append(build_model(kind, self.shape, torch.bfloat16, args.device))
-        made[1].load_state_dict(made[0].state_dict())
-        self.models = dict(zip(("float32", "bfloat16"), made, strict=True))
+        self.models = {
+            dtype: build_model(kind, self.shape, getattr(torch, dtype), args.device)
+            for dtype in ("float32", "bfloat16")
+        }
+        self.models["bfloat16"].load_state_dict(self.models["float32"].state_dict())
         self._forward_batches: dict[tuple[str, int], int] = {}
 
     def prompts(self, length: int, shared: int, least: int = 0) -> list[str]:
@@ -229,17 +230,12 @@ class Bench:
     def leadre(
         self, prompts: list[str], at: Point, exact: Found | None, equal: bool = True, **options: Any
     ) -> Method:
-        """Ours; `options` as `decoder` takes them."""
-        decoder = self.decoder(at, **options)
+        """Ours; `options` as `decoder` takes them. `equal`: as long as it is float32."""
+        decoder, users = self.decoder(at, **options), len(prompts)
         batch = decoder.settings.batch_tokens // (at.prompt + sum(decoder.widths))
-        equal = equal and exact is not None and decoder.settings.dtype == "float32"
-        return Method(
-            lambda: decoder.decode(prompts, at.beam),
-            len(prompts),
-            min(max(1, batch), len(prompts)),
-            exact,
-            equal,
-        )
+        equal = equal and decoder.settings.dtype == "float32"
+        run = functools.partial(decoder.decode, prompts, at.beam)
+        return Method(run, users, min(max(1, batch), users), exact, equal)
 
     def forward(self, prompts: list[str], dtype: str) -> Method:
         """The forward pass, at the best of a few batch sizes."""
@@ -264,12 +260,14 @@ class Bench:
         self, prompts: list[str], at: Point, exact: Found, dtype: str | None = None
     ) -> Method:
         """Transformers' constrained beam search."""
-        index, allowed = catalogue(at.ads, self.codes), self.allowed(at.ads)
+        index, dtype = catalogue(at.ads, self.codes), dtype or self.dtype
         inputs = self.tokenizer(prompts, return_tensors="pt").to(self.args.device)
-        dtype = dtype or self.dtype
+        levels = sid_token_ids(self.tokenizer, index.sizes)
         code = np.zeros(self.shape.vocabulary, np.int64)
-        for ids in sid_token_ids(self.tokenizer, index.sizes):
+        for ids in levels:
             code[ids] = np.arange(len(ids))
+        tokens = [ids[column] for ids, column in zip(levels, index.codes.T, strict=True)]
+        allowed = followers(np.stack(tokens, axis=1))
 
         @torch.inference_mode()
         def run() -> Found:
@@ -288,17 +286,14 @@ class Bench:
 
         return Method(run, len(prompts), len(prompts), exact, dtype == "float32")
 
-    @functools.cache  # noqa: B019
-    def allowed(self, ads: int) -> dict[tuple[int, ...], list[int]]:
-        """By what is written of a Semantic ID, the tokens that may follow."""
-        index = catalogue(ads, self.codes)
-        ids = sid_token_ids(self.tokenizer, index.sizes)
-        tokens = np.stack([level[index.codes[:, i]] for i, level in enumerate(ids)], axis=1)
-        nexts: dict[tuple[int, ...], set[int]] = {}
-        for row in tokens.tolist():
-            for level in range(LEVELS):
-                nexts.setdefault(tuple(row[:level]), set()).add(row[level])
-        return {prefix: sorted(found) for prefix, found in nexts.items()}
+
+def followers(tokens: np.ndarray) -> dict[tuple[int, ...], list[int]]:
+    """What may follow each beginning of `tokens`, [ads, levels]."""
+    nexts: dict[tuple[int, ...], set[int]] = {}
+    for row in tokens.tolist():
+        for level, token in enumerate(row):
+            nexts.setdefault(tuple(row[:level]), set()).add(token)
+    return {beginning: sorted(found) for beginning, found in nexts.items()}
 
 
 def in_order(decoder: BeamDecoder, prompts: list[str], lengths: np.ndarray, k: int) -> Found:
@@ -350,12 +345,12 @@ def median_rates(
 
 def peak_mb(run: Callable[[], Any], device: str) -> tuple[float, Any]:
     """MB of tensors at most while `run` runs, beyond those that were there; and its result."""
+    gc.collect()  # what others left must not be freed meanwhile
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         found = run()
         return (torch.cuda.max_memory_allocated() - before) / 1e6, found
-    gc.collect()  # what others left must not be freed meanwhile
     cpu = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
         found = run()
@@ -452,20 +447,22 @@ def options_table(bench: Bench, at: Point, args: argparse.Namespace) -> list[Row
         f"level_beams {narrow} {at.beam}": {"level_beams": (narrow, at.beam), "equal": False},
         f"level_beams {at.beam} {narrow}": {"level_beams": (at.beam, narrow), "equal": False},
     }
-    methods = {"leadre": bench.leadre(alike, at, exact)}
+    ours = named("leadre", bench.dtype)
+    methods = {ours: bench.leadre(alike, at, exact)}
     for name, options in changes.items():
-        methods[f"leadre, {name}"] = bench.leadre(alike, at, exact, **options)
+        methods[f"{ours}, {name}"] = bench.leadre(alike, at, exact, **options)
     sorted_ = bench.leadre(mixed, at, exact_mixed)
     lengths = np.array([len(ids) for ids in bench.tokenizer(mixed)["input_ids"]])
     decoder = bench.decoder(at)
     arrived = replace(sorted_, run=lambda: in_order(decoder, mixed, lengths, at.beam))
-    wide = bench.decoder(at, beam=max(WIDE, 4 * at.beam)).decode(alike, 10)
+    wider = bench.decoder(at, beam=max(WIDE, 4 * at.beam), dtype="float32")
+    wide = wider.decode(alike, 10)
     rows = measure(methods, at, args, wide)
-    both = "leadre, mixed lengths", "leadre, mixed lengths in the order of arrival"
+    both = f"{ours}, mixed lengths", f"{ours}, mixed lengths in the order of arrival"
     rows |= measure(dict(zip(both, (sorted_, arrived), strict=True)), at, args)
     heads = ["method", *at._fields, "batch", "users/s", "of leadre", "same top-10", "recall@10"]
     for name, row in rows.items():
-        row["of leadre"] = ratio(row, rows[both[0] if name in both else "leadre"])
+        row["of leadre"] = ratio(row, rows[both[0] if name in both else ours])
         row["batch"] = None if name in both else row["batch"]
     return [{head: row[head] for head in (*heads, "peak MB")} for row in rows.values()]
 
@@ -475,20 +472,20 @@ def shapes_table(bench: Bench, base: Point, args: argparse.Namespace) -> list[Ro
     points = [base._replace(beam=beam) for beam in BEAMS]
     points += [base._replace(prompt=prompt) for prompt in PROMPTS if prompt > args.shared]
     points += [base._replace(ads=ads) for ads in ADS]
-    out = []
+    ours, out = named("leadre", bench.dtype), []
     for at in dict.fromkeys(points):
         prompts = bench.prompts(at.prompt, args.shared)
-        methods = {"leadre": bench.leadre(prompts, at, None)}
+        methods = {ours: bench.leadre(prompts, at, None)}
         methods["forward"] = bench.forward(prompts, bench.dtype)
         if args.generate_users:
-            found = first(methods["leadre"].run(), 1)
+            found = first(methods[ours].run(), 1)
             methods["generate"] = bench.generate(prompts[:1], at, found)
         rows = measure(methods, at, args)
-        row = {head: rows["leadre"][head] for head in ("method", *at._fields, "users/s")}
+        row = {head: rows[ours][head] for head in ("method", *at._fields, "users/s")}
         for name in ("forward", "generate"):
             row[f"{name} users/s"] = rows[name]["users/s"] if name in rows else None
             row[f"x {name}"] = ratio(row, rows.get(name))
-        out.append({**row, "peak MB": rows["leadre"]["peak MB"]})
+        out.append({**row, "peak MB": rows[ours]["peak MB"]})
     return out
 
 
@@ -508,6 +505,8 @@ def main() -> None:
     args = (parser := arguments()).parse_args()
     if not 0 <= args.shared < args.prompt or not 0 <= args.generate_users <= args.users:
         parser.error("shared is less than prompt, generate-users at most users")
+    if min(args.users, args.beam, args.ads, args.repeats, args.threads) < 1:
+        parser.error("counts are at least 1")
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler reports that it starts
     torch.set_num_threads(args.threads)
     bench, at = Bench(args), Point(args.prompt, args.beam, args.ads)

@@ -224,7 +224,7 @@ class BeamDecoder(Decoder):
         super().__init__(tokenizer, index, sid_token_ids, settings, max_tokens, device)
         dtype = dtype_of(settings, self.device)
         self.transformer = Transformer(model, max_tokens, device, dtype, packed)
-        self._code_logits = [self.transformer.rows(tokens) for tokens in self.tokens]
+        self._code_logits = [self.transformer.logits_of(model, ids) for ids in self.tokens]
         self._groups = None if groups is None else torch.from_numpy(groups).to(device)
         self._instruction: tuple[bytes, Context] | None = None
         self._prefix: Context | None = None

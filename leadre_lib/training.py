@@ -359,7 +359,9 @@ def _launch(folder: Path, section: TrainingSettings) -> int:
             end_ranks(folder)
             launcher.wait()
             # DeepSpeed leaves the ranks' shared memory, 69 MB each, behind.
-            for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+            for buffer in Path("/dev/shm").glob(  # noqa: S108 (where DeepSpeed puts it)
+                f"deepspeed_allreduce_buffer_*_{port}_*"
+            ):
                 buffer.unlink(missing_ok=True)
 
 

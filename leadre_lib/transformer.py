@@ -119,7 +119,6 @@ class Transformer:
         self.head = int(attention.head_dim)
         self.heads = attention.q_proj.weight.shape[0] // self.head
         self.key_heads = attention.k_proj.weight.shape[0] // self.head
-        self._scale = float(attention.scaling)
         self._norm_after = hasattr(attention, "query_layernorm")
         positions = torch.arange(max_tokens, device=base.embed_tokens.weight.device)[None]
         cos, sin = base.rotary_emb(torch.zeros(1, device=positions.device), positions)
@@ -130,7 +129,6 @@ class Transformer:
         self._layers = [self._layer(layer) for layer in base.layers]
         self._norm = self._move(base.norm.weight, torch.float32)
         output = model.get_output_embeddings()
-        self._output = output.weight
         self._logits = self._linear(output)
         self.vocabulary = output.weight.shape[0]
 
@@ -142,11 +140,19 @@ class Transformer:
             weights = [_interleaved(getattr(attention, name).weight, 1) for name in names]
             counts = (self.heads, self.key_heads)
             rows = [w.expand(count, -1) for w, count in zip(weights, counts, strict=True)]
+            rows[0] = rows[0] * attention.scaling
             head_norms = self._move(torch.cat(rows), torch.float32)
-        heads = (self.heads, self.key_heads, 0)
+        # The scale of attention is taken into the queries' weights, or into their norm.
+        scale = attention.scaling if head_norms is None else 1.0
         return _Layer(
             self._move(layer.input_layernorm.weight, torch.float32),
-            self._linear(attention.q_proj, attention.k_proj, attention.v_proj, heads=heads),
+            self._linear(
+                attention.q_proj,
+                attention.k_proj,
+                attention.v_proj,
+                heads=(self.heads, self.key_heads, 0),
+                scales=(scale, 1.0, 1.0),
+            ),
             head_norms,
             self._linear(attention.o_proj),
             self._move(layer.post_attention_layernorm.weight, torch.float32),
@@ -155,13 +161,15 @@ class Transformer:
             self._linear(mlp.down_proj),
         )
 
-    def _linear(self, *modules: nn.Linear, heads: Sequence[int] = ()) -> _Linear:
+    def _linear(
+        self, *modules: nn.Linear, heads: Sequence[int] = (0,), scales: Sequence[float] = (1.0,)
+    ) -> _Linear:
         """Several layers of one input as one; those that have `heads` with rows interleaved."""
-        heads = heads or (0,) * len(modules)
-        weights = [_interleaved(m.weight, n) for m, n in zip(modules, heads, strict=True)]
+        parts = list(zip(modules, heads, scales, strict=True))
+        weights = [_interleaved(m.weight, count) * scale for m, count, scale in parts]
         biases = [
-            torch.zeros_like(weight[:, 0]) if m.bias is None else _interleaved(m.bias, n)
-            for m, weight, n in zip(modules, weights, heads, strict=True)
+            weight.new_zeros(len(weight)) if m.bias is None else _interleaved(m.bias, count) * scale
+            for weight, (m, count, scale) in zip(weights, parts, strict=True)
         ]
         any_bias = any(m.bias is not None for m in modules)
         return _Linear(
@@ -173,9 +181,10 @@ class Transformer:
     def _move(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return tensor.detach().to(self.device, dtype or self.dtype)
 
-    def rows(self, token_ids: Tensor) -> _Linear:
-        """The output layer of a few tokens only."""
-        chosen = self._output[token_ids.to(self._output.device)]
+    def logits_of(self, model: PreTrainedModel, token_ids: Tensor) -> _Linear:
+        """The output layer of the model for a few tokens only: [..., hidden] to [..., tokens]."""
+        weight = model.get_output_embeddings().weight
+        chosen = weight[token_ids.to(weight.device)]
         return _Linear(self._move(chosen), None, self._packed)
 
     def read(self, ids: Tensor, lengths: Tensor, prefix: Context | None = None) -> Context:
@@ -197,7 +206,8 @@ class Transformer:
         hidden = F.embedding(ids, self._embedding).float()
         for number, layer in enumerate(self._layers):
             query, key, value = self._attention_inputs(hidden, layer, rotation)
-            key, value = key.transpose(1, 2), value.transpose(1, 2)
+            # Laid out once as every step reads them.
+            key, value = key.transpose(1, 2).contiguous(), value.transpose(1, 2).contiguous()
             if prefix is not None:
                 key = torch.cat([prefix.keys[number].expand(users, -1, -1, -1), key], 2)
                 value = torch.cat([prefix.values[number].expand(users, -1, -1, -1), value], 2)
@@ -211,7 +221,7 @@ class Transformer:
                 value,
                 attn_mask=mask,
                 is_causal=mask is None,
-                scale=self._scale,
+                scale=1.0,
                 enable_gqa=True,
             )
             hidden = self._after_attention(hidden, mixed.transpose(1, 2).flatten(2), layer)
@@ -293,7 +303,7 @@ class Transformer:
         own_keys, own_values = context.own[number]
         group = self.heads // self.key_heads
         # All beams of a user are rows of one matrix product with its prompt.
-        query = (query * self._scale).unflatten(2, (self.key_heads, group)).transpose(1, 2)
+        query = query.unflatten(2, (self.key_heads, group)).transpose(1, 2)
         scores = query.flatten(2, 3) @ keys.transpose(-1, -2)
         if context.padding is not None:
             scores = scores + context.padding
