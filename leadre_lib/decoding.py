@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,12 +82,17 @@ class Decoder(ABC):
 
     @abstractmethod
     def _search(
-        self, token_ids: Sequence[np.ndarray], k: int, unwanted: torch.Tensor | None
+        self, token_ids: Sequence[np.ndarray], k: int, unwanted: torch.Tensor | None, shared: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Beam search over one batch; objects and scores, both [users, at most k].
 
-        `unwanted` are sorted keys `user * objects + object` of what users must not get.
+        `unwanted` are sorted keys `user * objects + object` of what users must not get, `shared`
+        what `_read_shared` gave.
         """
+
+    def _read_shared(self, token_ids: Sequence[np.ndarray]) -> Any:
+        """What is done once for all prompts of a call."""
+        return None
 
     def set_active(self, active: np.ndarray) -> None:
         """From now on write the objects where `active`, bool [objects of the index], holds.
@@ -153,6 +159,7 @@ class Decoder(ABC):
         A batch's padded tokens are bounded. Where they are too many for the accelerator, the first
         batch shows it.
         """
+        shared = self._read_shared(token_ids)
         lengths = np.array([len(ids) for ids in token_ids])
         order = np.argsort(-lengths, kind="stable")
         start = 0
@@ -160,22 +167,25 @@ class Decoder(ABC):
             tokens = int(lengths[order[start]]) + sum(self.widths)
             rows = order[start : start + max(1, self._batch_tokens // tokens)]
             unwanted = None if exclude is None else self._pairs([exclude[row] for row in rows])
+            failure = ""
             try:
                 batch = [token_ids[row] for row in rows]
-                found, scores = self._search(batch, k, unwanted)
+                found, scores = self._search(batch, k, unwanted, shared)
             except torch.OutOfMemoryError as error:
-                self._halve(len(rows), tokens, error)
+                failure = str(error).partition("\n")[0] or "out of memory"
+            # Not while the error is handled: it holds what the search had in memory.
+            if failure:
+                self._halve(len(rows), tokens, failure)
                 continue
             yield rows, found.cpu().numpy(), scores.cpu().numpy()
             start += len(rows)
 
-    def _halve(self, users: int, tokens: int, error: torch.OutOfMemoryError) -> None:
-        reason = str(error).partition("\n")[0]
+    def _halve(self, users: int, tokens: int, reason: str) -> None:
         if users == 1:
             raise LeadreError(
                 f"one prompt with its beams, {tokens} tokens, does not fit into memory: lower"
                 f" decoding.beam ({reason})"
-            ) from None
+            )
         self._batch_tokens = users // 2 * tokens
         log.warning(
             "out of memory with %d users at once: going on with %d, or %d tokens (%s)",
@@ -225,17 +235,12 @@ class BeamDecoder(Decoder):
         dtype = dtype_of(settings, self.device)
         self.transformer = Transformer(model, max_tokens, device, dtype, packed)
         self._code_logits = [self.transformer.logits_of(model, ids) for ids in self.tokens]
+        if groups is not None and groups.shape != (index.objects,):
+            raise LeadreError(f"groups of shape {groups.shape} do not fit {index.objects} objects")
         self._groups = None if groups is None else torch.from_numpy(groups).to(device)
         self._instruction: tuple[bytes, Context] | None = None
-        self._prefix: Context | None = None
 
-    def _search_all(
-        self, token_ids: Sequence[np.ndarray], k: int, exclude: Sequence[np.ndarray] | None
-    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        self._prefix = self._read_instruction(token_ids)
-        return super()._search_all(token_ids, k, exclude)
-
-    def _read_instruction(self, token_ids: Sequence[np.ndarray]) -> Context | None:
+    def _read_shared(self, token_ids: Sequence[np.ndarray]) -> Context | None:
         """What all prompts begin with, read once; it is kept for calls that begin alike."""
         if not self.settings.share_prefix or len(token_ids) == 1:
             return None
@@ -243,16 +248,21 @@ class BeamDecoder(Decoder):
         if not len(common):
             return None
         key = common.tobytes()
-        if self._instruction is None or self._instruction[0] != key:
+        known = self._instruction
+        if known is None or known[0] != key:
             ids = torch.from_numpy(common)[None].to(self.device)
             lengths = torch.tensor([len(common)], device=self.device)
-            self._instruction = key, self.transformer.read(ids, lengths)
-        return self._instruction[1]
+            self._instruction = known = key, self.transformer.read(ids, lengths)
+        return known[1]
 
     def _search(
-        self, token_ids: Sequence[np.ndarray], k: int, unwanted: torch.Tensor | None
+        self,
+        token_ids: Sequence[np.ndarray],
+        k: int,
+        unwanted: torch.Tensor | None,
+        shared: Context | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        context, token = self._read(token_ids)
+        context, token = self._read(token_ids, shared)
         parent: torch.Tensor | None = None
         node = torch.zeros((len(token_ids), 1), dtype=torch.int64, device=self.device)
         score = torch.zeros((len(token_ids), 1), device=self.device)
@@ -276,16 +286,18 @@ class BeamDecoder(Decoder):
             raise LeadreError("the model gives scores that are not finite: it is damaged")
         return node, score
 
-    def _read(self, token_ids: Sequence[np.ndarray]) -> tuple[Context, torch.Tensor]:
+    def _read(
+        self, token_ids: Sequence[np.ndarray], shared: Context | None
+    ) -> tuple[Context, torch.Tensor]:
         """The prompts but for their last tokens as a context, and those, int64 [users, 1]."""
         lengths = np.array([len(row) for row in token_ids]) - 1
         last = np.array([[row[-1]] for row in token_ids])
-        begun = 0 if self._prefix is None else self._prefix.tokens
+        begun = 0 if shared is None else shared.tokens
         real = np.arange(lengths.max() - begun) < (lengths - begun)[:, None]
         ids = np.zeros(real.shape, np.int64)
         ids[real] = np.concatenate([row[begun:-1] for row in token_ids])
         moved = [torch.from_numpy(array).to(self.device) for array in (ids, lengths - begun, last)]
-        return self.transformer.read(moved[0], moved[1], self._prefix), moved[2]
+        return self.transformer.read(moved[0], moved[1], shared), moved[2]
 
     def _logits(self, hidden: torch.Tensor, level: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [users, beams, codes] of a level, and their normaliser [users, beams]."""

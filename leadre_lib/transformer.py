@@ -107,6 +107,9 @@ class Transformer:
         with torch.inference_mode():
             try:
                 self._take(model, max_tokens)
+            except torch.OutOfMemoryError as error:
+                reason = str(error).partition("\n")[0]
+                raise LeadreError(f"the model does not fit into memory: {reason}") from None
             except (AttributeError, RuntimeError) as error:
                 raise _refusal(model, str(error).partition("\n")[0]) from None
             self._check(model)
@@ -120,7 +123,8 @@ class Transformer:
         self.heads = attention.q_proj.weight.shape[0] // self.head
         self.key_heads = attention.k_proj.weight.shape[0] // self.head
         self._norm_after = hasattr(attention, "query_layernorm")
-        positions = torch.arange(max_tokens, device=base.embed_tokens.weight.device)[None]
+        longest = max(max_tokens, CHECKED_TOKENS)
+        positions = torch.arange(longest, device=base.embed_tokens.weight.device)[None]
         cos, sin = base.rotary_emb(torch.zeros(1, device=positions.device), positions)
         half = self.head // 2
         rotation = torch.complex(cos[0, :, :half].float(), sin[0, :, :half].float())
@@ -183,9 +187,10 @@ class Transformer:
 
     def logits_of(self, model: PreTrainedModel, token_ids: Tensor) -> _Linear:
         """The output layer of the model for a few tokens only: [..., hidden] to [..., tokens]."""
-        weight = model.get_output_embeddings().weight
-        chosen = weight[token_ids.to(weight.device)]
-        return _Linear(self._move(chosen), None, self._packed)
+        output: Any = model.get_output_embeddings()
+        rows = token_ids.to(output.weight.device)
+        bias = None if output.bias is None else self._move(output.bias[rows])
+        return _Linear(self._move(output.weight[rows]), bias, self._packed)
 
     def read(self, ids: Tensor, lengths: Tensor, prefix: Context | None = None) -> Context:
         """Read prompts.
@@ -333,7 +338,7 @@ class Transformer:
         lengths = torch.full((2,), CHECKED_TOKENS - 1, device=self.device)
         ours = self.step(self.read(ids[:, :-1], lengths), ids[:, -1:])[:, 0].float()
         theirs = theirs.to(self.device)
-        if not torch.isfinite(theirs).all():
+        if not (torch.isfinite(theirs).all() and torch.isfinite(ours).all()):
             raise LeadreError("the model gives scores that are not finite: it is damaged")
         off = ((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-6)).item()
         if not off <= TOLERANCE[self.dtype]:

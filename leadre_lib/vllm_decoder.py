@@ -72,7 +72,7 @@ class VllmDecoder(Decoder):
         self.engine = _Engine(model, dtype_of(settings, device), max_tokens)
 
     def _search(
-        self, token_ids: Sequence[np.ndarray], k: int, unwanted: torch.Tensor | None
+        self, token_ids: Sequence[np.ndarray], k: int, unwanted: torch.Tensor | None, shared: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         users = len(token_ids)
         node = torch.zeros((users, 1), dtype=torch.int64)

@@ -156,12 +156,10 @@ def slow_beam_search(
     return SlowBeamSearch(qwen2, tokenizer, codes)
 
 
-def same(
-    found: tuple[np.ndarray, np.ndarray], expected: tuple[np.ndarray, np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
+def same(found: tuple[np.ndarray, np.ndarray], expected: tuple[np.ndarray, np.ndarray]) -> None:
+    """The same ads in the same order, and all but the same scores."""
     assert found[0].tolist() == expected[0].tolist()
     np.testing.assert_allclose(found[1], expected[1], atol=2e-4)
-    return found
 
 
 class Read(NamedTuple):
@@ -258,20 +256,17 @@ def test_batching_and_order_change_nothing(model, tokenizer, codes) -> None:
     same((backwards[0][::-1], backwards[1][::-1]), together)
 
 
-@pytest.mark.parametrize("k", [1, 9])
 @pytest.mark.parametrize("widths", [(2, 9, 4), (5, 3, 2), (1, 1, 1), (6, 20, 11)])
-def test_level_beams_equal_a_slow_search(
-    qwen2, tokenizer, index, slow_beam_search, widths, k
-) -> None:
+def test_level_beams_equal_a_slow_search(qwen2, tokenizer, index, slow_beam_search, widths) -> None:
     search = decoder(qwen2, tokenizer, index, beam=9, level_beams=widths)
-    ads, scores = search.decode(PROMPTS, k)
-    for row, prompt in enumerate(PROMPTS):
-        truth = slow_beam_search(prompt, (*widths, k))
-        found = ads[row] >= 0
-        assert ads[row][found].tolist() == [ad for ad, _ in truth]
-        np.testing.assert_allclose(scores[row][found], [s for _, s in truth], atol=2e-4)
-        assert found.sum() == len(truth)
-        assert np.isneginf(scores[row][~found]).all()
+    for k in (1, 9):
+        ads, scores = search.decode(PROMPTS, k)
+        for row, prompt in enumerate(PROMPTS):
+            truth = slow_beam_search(prompt, (*widths, k))
+            missing = k - len(truth)
+            assert ads[row].tolist() == [*(ad for ad, _ in truth), *[-1] * missing]
+            expected = [*(score for _, score in truth), *[-np.inf] * missing]
+            np.testing.assert_allclose(scores[row], expected, atol=2e-4)
 
 
 @pytest.mark.parametrize("widths", [(3,), (3, 3), (3, 3, 3, 3)])
@@ -381,7 +376,7 @@ def test_excluded_ads_give_their_place_to_the_next(model, tokenizer, index) -> N
         search.decode(PROMPTS, 8, [np.array([ADS])] * len(PROMPTS))
 
 
-@pytest.mark.parametrize("most", [1, 2, 5])
+@pytest.mark.parametrize("most", [1, 3])
 def test_no_group_gets_more_than_its_cap(qwen2, tokenizer, codes, index, most) -> None:
     rng = np.random.default_rng(7)
     groups = rng.integers(0, 6, ADS)
@@ -525,9 +520,9 @@ def test_halves_batches_that_do_not_fit(
 
 def test_halves_batches_of_many_lengths(qwen2, tokenizer, codes, scarce) -> None:
     index = ConstraintIndex.build(codes, SIZES)
-    prompts = [f"{prompt} {'hiking ' * (n % 4)}" for n, prompt in enumerate(PROMPTS * 3)]
+    prompts = [f"{prompt} {'hiking ' * (n % 4)}" for n, prompt in enumerate(PROMPTS * 2)]
     expected = decoder(qwen2, tokenizer, index, beam=5).decode(prompts, 5)
-    for most in (1, 3, 7):
+    for most in (1, 3):
         search = decoder(qwen2, tokenizer, index, beam=5)
         scarce(most)
         same(search.decode(prompts, 5), expected)
@@ -545,16 +540,16 @@ def test_one_prompt_that_does_not_fit_says_what_to_do(qwen2, tokenizer, codes, s
     same(search.decode(EIGHT, 5), expected)
 
 
-def test_bfloat16_comes_close(model, tokenizer, codes) -> None:
+def test_bfloat16_comes_close(qwen2, tokenizer, codes) -> None:
     index = ConstraintIndex.build(codes, SIZES)
     prompts = [f"{start} {prompt}" for start in ("a user:", "<a_1>", "x y") for prompt in PROMPTS]
     exact, close = (
-        decoder(model, tokenizer, index, dtype=dtype).decode(prompts, ADS)
+        decoder(qwen2, tokenizer, index, dtype=dtype).decode(prompts, ADS)
         for dtype in ("float32", "bfloat16")
     )
     assert np.mean(exact[0][:, 0] == close[0][:, 0]) >= 0.8
     by_ad = [np.take_along_axis(s, ads.argsort(1), 1) for ads, s in (exact, close)]
-    np.testing.assert_allclose(by_ad[1], by_ad[0], atol=1.0)
+    np.testing.assert_allclose(by_ad[1], by_ad[0], atol=0.6)
     assert np.abs(by_ad[1] - by_ad[0]).max() > 1e-3  # it is another precision
 
 
@@ -570,12 +565,19 @@ def test_precision_follows_the_settings(qwen2, tokenizer, codes) -> None:
     assert dtype_of(DecodingSettings(dtype="float32"), torch.device("cuda")) == torch.float32
 
 
-def test_refuses_scores_that_are_not_finite(tokenizer, codes) -> None:
+@pytest.mark.parametrize("normalise", ["vocabulary", "level"])
+def test_refuses_scores_that_are_not_finite(tokenizer, codes, normalise) -> None:
+    index = ConstraintIndex.build(codes, SIZES)
     broken = build_model(ModelSettings(hidden_size=32, layers=1), tokenizer, seed=1)
+    with torch.no_grad():  # a token that opening does not try
+        broken.get_input_embeddings().weight[tokenizer("x")["input_ids"][0]] = float("nan")
+    search = decoder(broken, tokenizer, index, normalise=normalise)
+    with pytest.raises(LeadreError, match="not finite"):
+        search.decode(PROMPTS, 3)
     with torch.no_grad():
         broken.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(LeadreError, match="not finite"):
-        decoder(broken, tokenizer, ConstraintIndex.build(codes, SIZES)).decode(PROMPTS, 3)
+        decoder(broken, tokenizer, index, normalise=normalise)
 
 
 def test_refuses_what_does_not_fit(model, tokenizer, codes) -> None:

@@ -130,7 +130,7 @@ def check_against(
     """Every beam of every step against the model's forward pass over all its tokens."""
     generator = torch.Generator().manual_seed(6)
     chosen = torch.randperm(VOCABULARY, generator=generator)[:40]
-    outputs = transformer.rows(chosen)
+    outputs = transformer.logits_of(model, chosen)
     context = read(transformer, rows, shared)
     beams = [[row[:-1]] for row in rows]  # of each user, with all tokens so far
     for step, width in enumerate(WIDTHS):
@@ -182,7 +182,7 @@ def test_equals_the_models_own_forward_pass(model, packed, shared) -> None:
     check_against(model, transformer, prompts(), shared, off=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama-biases", "qwen2", "qwen3", "mistral", "hunyuan"])
+@pytest.mark.parametrize("name", ["llama-biases", "qwen3", "hunyuan"])
 def test_bfloat16_comes_close(name) -> None:
     kind, changes = FAMILIES[name]
     model = build(kind, **changes)
