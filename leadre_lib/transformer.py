@@ -25,15 +25,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 from transformers import PreTrainedModel
 
 from leadre_lib.errors import LeadreError
 
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2}  # of the largest number in a hidden state
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2}  # of the largest logit
 CHECKED_TOKENS = 12
 LOGITS_CHUNK = 1 << 22  # numbers of logits held at once: 16 MiB in float32
-FAMILY = "the decoder reads models of the Llama family (Llama, Qwen2, Qwen3, Mistral, Hunyuan)"
+FAMILY = ("llama", "qwen2", "qwen3", "mistral", "hunyuan_v1_dense")  # Transformers' model types
 
 
 @dataclass
@@ -116,6 +115,10 @@ class Transformer:
 
     def _take(self, model: Any, max_tokens: int) -> None:
         base, config = model.base_model, model.config.get_text_config()
+        if config.model_type not in FAMILY:
+            raise AttributeError(f"it is of type {config.model_type}")
+        if config.hidden_act != "silu":
+            raise AttributeError(f"its MLP has {config.hidden_act} where silu is known")
         if _slides(config):
             raise AttributeError("it attends through a sliding window")
         attention = base.layers[0].self_attn
@@ -206,7 +209,6 @@ class Transformer:
         users, width = ids.shape
         before = 0 if prefix is None else prefix.tokens
         rotation = self._rotation[before : before + width, None]
-        mask = causal_lower_right(width, before + width) if before else None
         context = Context([], [], lengths + before)
         hidden = F.embedding(ids, self._embedding).float()
         for number, layer in enumerate(self._layers):
@@ -220,15 +222,11 @@ class Transformer:
             context.values.append(value)
             if number == len(self._layers) - 1 or not width:
                 continue  # nothing reads what the prompt's positions become above
+            # Places without a query stand for the prefix: square and causal is the fast kernel.
+            query = F.pad(query.transpose(1, 2), (0, 0, before, 0))
             mixed = F.scaled_dot_product_attention(
-                query.transpose(1, 2),
-                key,
-                value,
-                attn_mask=mask,
-                is_causal=mask is None,
-                scale=1.0,
-                enable_gqa=True,
-            )
+                query, key, value, is_causal=True, scale=1.0, enable_gqa=True
+            )[:, :, before:]
             hidden = self._after_attention(hidden, mixed.transpose(1, 2).flatten(2), layer)
         if bool((lengths < width).any()):
             unused = torch.arange(context.tokens, device=self.device) >= context.lengths[:, None]
@@ -327,22 +325,18 @@ class Transformer:
 
     def _check(self, model: PreTrainedModel) -> None:
         """Compare with the model's own forward pass on a few tokens."""
-        base = model.base_model
         spread = max(1, self.vocabulary // (2 * CHECKED_TOKENS))
         ids = (torch.arange(2 * CHECKED_TOKENS) * spread % self.vocabulary).view(2, -1)
-        own_device = next(base.parameters()).device
-        theirs = (
-            base(input_ids=ids.to(own_device), use_cache=False).last_hidden_state[:, -1].float()
-        )
+        theirs = model(input_ids=ids.to(model.device), use_cache=False).logits[:, -1]
+        theirs = theirs.to(self.device).float()
         ids = ids.to(self.device)
         lengths = torch.full((2,), CHECKED_TOKENS - 1, device=self.device)
-        ours = self.step(self.read(ids[:, :-1], lengths), ids[:, -1:])[:, 0].float()
-        theirs = theirs.to(self.device)
+        ours = self._logits(self.step(self.read(ids[:, :-1], lengths), ids[:, -1:]))[:, 0].float()
         if not (torch.isfinite(theirs).all() and torch.isfinite(ours).all()):
             raise LeadreError("the model gives scores that are not finite: it is damaged")
         off = ((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-6)).item()
         if not off <= TOLERANCE[self.dtype]:
-            raise _refusal(model, f"hidden states differ by {off:.1%} from its own")
+            raise _refusal(model, f"its logits differ by {off:.1%}")
 
 
 class _Linear:
@@ -398,5 +392,7 @@ def _slides(config: Any) -> bool:
 
 
 def _refusal(model: PreTrainedModel, reason: str) -> LeadreError:
-    kind = type(model).__name__
-    return LeadreError(f"{kind} cannot be decoded: {reason}; {FAMILY}")
+    return LeadreError(
+        f"{type(model).__name__} cannot be decoded: {reason}; the decoder reads models of the Llama"
+        f" family ({', '.join(FAMILY)}), without a sliding window"
+    )

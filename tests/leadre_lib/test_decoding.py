@@ -569,7 +569,8 @@ def test_precision_follows_the_settings(qwen2, tokenizer, codes) -> None:
 def test_refuses_scores_that_are_not_finite(tokenizer, codes, normalise) -> None:
     index = ConstraintIndex.build(codes, SIZES)
     broken = build_model(ModelSettings(hidden_size=32, layers=1), tokenizer, seed=1)
-    with torch.no_grad():  # a token that opening does not try
+    with torch.no_grad():  # as an input, a token that opening does not try
+        broken.lm_head.weight = torch.nn.Parameter(broken.lm_head.weight.clone())
         broken.get_input_embeddings().weight[tokenizer("x")["input_ids"][0]] = float("nan")
     search = decoder(broken, tokenizer, index, normalise=normalise)
     with pytest.raises(LeadreError, match="not finite"):

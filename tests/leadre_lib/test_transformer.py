@@ -262,25 +262,35 @@ def test_the_given_model_stays_as_it_was(llama, dtype) -> None:
     assert all(weight.requires_grad for weight in llama.parameters())
 
 
+class Scaled(LlamaForCausalLM):
+    """Says that it is a Llama, and is not."""
+
+    def forward(self, *args: Any, **more: Any) -> Any:
+        out = super().forward(*args, **more)
+        out.logits = out.logits / 1.5
+        return out
+
+
 def gpt2() -> PreTrainedModel:
     return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=VOCABULARY))
 
 
 REFUSED = {
-    "gpt2": (gpt2, "GPT2LMHeadModel cannot be decoded: .*layers"),
+    "gpt2": (gpt2, "GPT2LMHeadModel cannot be decoded: it is of type gpt2"),
     "experts": (
         lambda: build(MixtralForCausalLM, sliding_window=None, num_local_experts=2),
-        "MixtralForCausalLM cannot be decoded: .*gate_proj",
+        "MixtralForCausalLM cannot be decoded: it is of type mixtral",
     ),
     "no-logits": (lambda: build(LlamaModel), "LlamaModel cannot be decoded: "),
     "gelu": (
         lambda: build(LlamaForCausalLM, hidden_act="gelu"),
-        "LlamaForCausalLM cannot be decoded: hidden states differ by .*% from its own",
+        "LlamaForCausalLM cannot be decoded: its MLP has gelu",
     ),
     "gemma": (
         lambda: build(GemmaForCausalLM, head_dim=8),
-        "GemmaForCausalLM cannot be decoded: hidden states differ by .*% from its own",
+        "GemmaForCausalLM cannot be decoded: it is of type gemma",
     ),
+    "scaled": (lambda: build(Scaled), "Scaled cannot be decoded: its logits differ by 5"),
     "window": (
         lambda: build(MistralForCausalLM, sliding_window=8),
         "MistralForCausalLM cannot be decoded: .*sliding window",
