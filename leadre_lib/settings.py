@@ -211,7 +211,7 @@ class DecodingSettings(Section):
     beam: PositiveInt = 32
     level_beams: tuple[PositiveInt, ...] = ()
     top_k: PositiveInt = 20
-    batch_tokens: PositiveInt = Field(4096, description="of prompts and beams read at a time")
+    batch_tokens: PositiveInt = Field(8192, description="of prompts and beams read at a time")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 on accelerators, float32 on CPUs"
     )

@@ -31,7 +31,10 @@ from leadre_lib.errors import LeadreError
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2}  # of the largest logit
 CHECKED_TOKENS = 12
-LOGITS_CHUNK = 1 << 22  # numbers of logits held at once: 16 MiB in float32
+PACKED_FOR = 1024  # rows of an input for which oneDNN lays weights out; any number can come
+# Numbers of logits held at once: what stays in a CPU's cache, what a GPU holds easily (512 MiB).
+LOGITS_CHUNK = {"cpu": 1 << 20, "cuda": 1 << 27}
+LEAST_ROWS = 64  # of a product with the vocabulary
 FAMILY = ("llama", "qwen2", "qwen3", "mistral", "hunyuan_v1_dense")  # Transformers' model types
 
 
@@ -265,11 +268,12 @@ class Transformer:
 
     def log_normaliser(self, hidden: Tensor) -> Tensor:
         """Logarithm of the sum of the exponentials of all logits, float32 [users, beams]."""
-        flat = hidden.flatten(0, 1)
-        parts = [
-            self._logits(rows).float().logsumexp(-1)
-            for rows in flat.split(max(1, LOGITS_CHUNK // self.vocabulary))
-        ]
+        chunk = max(LEAST_ROWS, LOGITS_CHUNK[self.device.type] // self.vocabulary)
+        parts = []
+        for rows in hidden.flatten(0, 1).split(chunk):
+            logits = self._logits(rows).float()
+            # Half the passes over the logits of `logsumexp`.
+            parts.append(logits[:, 0] - logits.log_softmax(-1)[:, 0])
         return torch.cat(parts).unflatten(0, hidden.shape[:2])
 
     def _normed(self, hidden: Tensor, weight: Tensor) -> Tensor:
@@ -351,7 +355,7 @@ class _Linear:
         self._packed = packed
         self._weight = weight.contiguous()
         if packed:
-            self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight, None)
+            self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight, PACKED_FOR)
 
     def __call__(self, x: Tensor, silu: bool = False) -> Tensor:
         """[..., in] to [..., out]."""

@@ -200,9 +200,10 @@ def test_prompts_of_any_lengths(llama, lengths, shared) -> None:
 
 
 def test_logits_in_parts_are_those_in_one(llama, monkeypatch) -> None:
-    monkeypatch.setattr(module, "LOGITS_CHUNK", 3 * VOCABULARY + 1)
+    monkeypatch.setattr(module, "LEAST_ROWS", 1)
+    monkeypatch.setitem(module.LOGITS_CHUNK, "cpu", 3 * VOCABULARY + 1)
     check_against(llama, Transformer(llama, TOKENS), prompts(), 0, off=1e-4)
-    monkeypatch.setattr(module, "LOGITS_CHUNK", 1)
+    monkeypatch.setitem(module.LOGITS_CHUNK, "cpu", 1)
     check_against(llama, Transformer(llama, TOKENS), prompts(), 0, off=1e-4)
 
 
