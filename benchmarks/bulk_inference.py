@@ -108,6 +108,7 @@ def infer(
     As soon as `kill_when` holds, all shards are killed.
     """
     count = settings.inference.shards
+    print(f"  infer {ds}, {count} shards", flush=True)
     log = settings.work(ds) / "bench-infer.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()

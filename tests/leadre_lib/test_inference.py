@@ -19,11 +19,20 @@ from leadre_lib.candidates import USER_COLUMNS, Earlier, Filler, Retriever
 from leadre_lib.catalogue import Catalogue, catalogue
 from leadre_lib.constraint_index import ConstraintIndex
 from leadre_lib.decoding import BeamDecoder
-from leadre_lib.inference import Part, Shard, infer_shard, parts_of
+from leadre_lib.inference import (
+    DECODING,
+    Part,
+    Shard,
+    decoding_settings,
+    earlier_partition,
+    infer_shard,
+    parts_folder,
+    parts_of,
+)
 from leadre_lib.lake import Lake, LakeError, Partition
 from leadre_lib.model import build_model, build_tokenizer, sid_token_ids, sid_tokens
 from leadre_lib.retrieval import EmbeddingIndex
-from leadre_lib.settings import DecodingSettings, ModelSettings
+from leadre_lib.settings import DecodingSettings, ModelSettings, Settings, load_settings
 from tests.worlds import DAY0, DAY1, ad, rows
 
 SIZES = [4, 4]
@@ -92,6 +101,11 @@ def users(
     )
 
 
+def prompts_of(told: pa.Table) -> pa.Table:
+    """Rows of the contract `user_prompts`."""
+    return told.append_column("codebook", pa.array(["book"] * told.num_rows))
+
+
 @pytest.fixture
 def retriever(decoder: BeamDecoder, ads: Catalogue) -> Retriever:
     return Retriever(decoder, ads, "r", DAY1, k=2)
@@ -100,7 +114,7 @@ def retriever(decoder: BeamDecoder, ads: Catalogue) -> Retriever:
 @pytest.fixture
 def prompts(lake: Lake) -> Partition:
     """Published in two files, the first of them with two row groups."""
-    table = users().append_column("codebook", pa.array(["book"] * USERS))
+    table = prompts_of(users())
     with lake.begin("user_prompts", DAY1) as attempt:
         attempt.write(table.slice(0, 13))
         attempt.write(table.slice(13))
@@ -133,8 +147,7 @@ def test_rows_depend_neither_on_shards_nor_on_a_kill(
     assert sorted(set(whole["user_id"])) == users()["user_id"].to_pylist()
     assert infer(prompts, retriever, tmp_path / "three", 3).equals(whole)
     other = infer(prompts, retriever, tmp_path / "other", 1, size=9)
-    score = pd.testing.assert_frame_equal
-    score(other, whole, check_exact=False, atol=1e-4)
+    pd.testing.assert_frame_equal(other, whole, check_exact=False, atol=1e-4)
     folder = tmp_path / "one"
     paths = [part.path(folder) for part in parts_of(prompts, PART)]
     for path in paths[3:]:  # as if killed in the fourth part, which was half written
@@ -282,3 +295,40 @@ def test_what_is_carried_over_is_what_may_be_shown_today(
         assert mine["ad_id"].tolist()[: len(kept)] == kept
         assert mine["rank"].tolist() == list(range(1, len(mine) + 1))
         assert set(mine["ad_id"]) == {"a2", "a6"}
+
+
+def test_only_the_same_release_and_settings_are_carried_over(
+    retriever: Retriever, prompts: Partition, lake: Lake, settings: Settings
+) -> None:
+    day = DAY1 + dt.timedelta(days=1)
+    for table, made in (("ads", rows("ads", [])), ("ad_semantic_ids", sids())):
+        with lake.begin(table, day) as attempt:
+            attempt.write(made)
+            attempt.commit()
+    with lake.begin("user_prompts", day) as attempt:
+        attempt.write(prompts_of(users(range(3))))
+        attempt.commit()
+    on = load_settings(home=settings.home, inference={"incremental": True})
+    lake.reads |= {"champion": "r", DECODING: decoding_settings(on)}
+    with lake.begin("candidates", DAY1) as attempt:
+        attempt.write(retriever.candidates(users())[0])
+        published = attempt.commit()
+    assert earlier_partition(on, lake, day, "r") == published
+    assert earlier_partition(settings, lake, day, "r") is None  # not asked for
+    assert earlier_partition(on, lake, day, "another") is None
+    assert earlier_partition(on, lake, DAY1, "r") is None  # of the day itself, not of one before
+    other = load_settings(
+        home=settings.home, inference={"incremental": True}, decoding={"beam": 64}
+    )
+    assert earlier_partition(other, lake, day, "r") is None
+    # Parts of the one never stand for parts of the other.
+    folders = {
+        parts_folder(told, lake, day, release, earlier)
+        for told, release, earlier in (
+            (on, "r", published),
+            (settings, "r", None),
+            (on, "another", None),
+            (other, "r", None),
+        )
+    }
+    assert len(folders) == 4

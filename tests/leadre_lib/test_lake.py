@@ -185,3 +185,13 @@ def test_files_of_other_delta_writers_are_read(lake: Lake) -> None:
     table = metrics("theirs").append_column("ds", pa.array([DAY0], pa.date32()))
     write_deltalake(str(lake.folder("metrics")), table, partition_by=["ds"])
     assert lake.read("metrics", DAY0)["metric"].to_pylist() == ["theirs"]
+
+
+def test_values_are_the_distinct_ones_of_a_column(lake: Lake) -> None:
+    with lake.begin("raw_users", DAY0) as attempt:
+        attempt.write(rows("raw_users", [{"user_id": "u1", "age": 30}, {"user_id": "u2"}]))
+        attempt.write(rows("raw_users", [{"user_id": "u3", "age": 30}]))
+        attempt.commit()
+    assert lake.values("raw_users", DAY0, "age") == [30, None]
+    with pytest.raises(LakeError, match="no partition"):
+        lake.values("raw_users", DAY1, "age")

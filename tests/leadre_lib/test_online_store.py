@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime as dt
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ def candidates(user: str, *ads: str) -> list[dict[str, object]]:
             "ad_id": ad,
             "semantic_id": "<a_0>",
             "score": -n,
+            "source": "model",
             "release": "r",
         }
         for n, ad in enumerate(ads, 1)
@@ -60,3 +63,15 @@ def test_a_first_publish_that_was_killed_is_no_store_yet(tmp_path: Path) -> None
         store.candidates("u1")
     store.replace(rows("candidates", candidates("u1", "a1")), DAY)
     assert store.served() == DAY
+
+
+def test_a_store_of_an_earlier_version_is_told_and_then_replaced(tmp_path: Path) -> None:
+    store = OnlineStore(tmp_path / "online.sqlite")
+    with closing(sqlite3.connect(store.path)) as db, db:
+        db.execute("CREATE TABLE served (ds TEXT)")
+        db.execute("INSERT INTO served VALUES ('2026-03-02')")
+        db.execute("CREATE TABLE candidates (user_id TEXT, rank INTEGER)")
+    with pytest.raises(LeadreError, match="publish the day again"):
+        store.candidates("u1")
+    store.replace(rows("candidates", candidates("u1", "a1")), DAY)
+    assert [(c["ad_id"], c["source"]) for c in store.candidates("u1")] == [("a1", "model")]

@@ -237,3 +237,21 @@ def test_a_kind_that_cannot_be_built_is_refused() -> None:
         EmbeddingIndex.build(VECTORS, "ivf-pq")
     with pytest.raises(LeadreError, match="no kind 'lsh': flat, hnsw, ivf-pq"):
         EmbeddingIndex.build(VECTORS, "lsh")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("loaded", [False, True], ids=["built", "loaded"])
+def test_vectors_are_those_that_were_indexed(
+    indexes: dict[Kind, EmbeddingIndex], many: np.ndarray, kind: Kind, loaded: bool, tmp_path: Path
+) -> None:
+    index, rows = indexes[kind], np.array([2999, 0, 17, 0])
+    if loaded:
+        index.save(tmp_path / "index.faiss")
+        index = EmbeddingIndex.load(tmp_path / "index.faiss", *many.shape)
+    # The refinement of lists keeps a byte a number.
+    np.testing.assert_allclose(
+        index.vectors(rows), many[rows], atol=5e-3 if index.kind == "ivf-pq" else 0
+    )
+    assert index.vectors(np.empty(0, np.int64)).shape == (0, many.shape[1])
+    with pytest.raises(LeadreError, match="outside"):
+        index.vectors(np.array([3000]))
