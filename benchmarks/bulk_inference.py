@@ -45,6 +45,12 @@ def arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument("--users", type=int, default=100_000)
     parser.add_argument("--ads", type=int, default=5_000)
+    parser.add_argument(
+        "--activity",
+        type=float,
+        default=1.0,
+        help="events a user and day, against the simulator's usual 9; fewer users then have news",
+    )
     parser.add_argument("--home", type=Path, default=REPOSITORY / ".leadre" / "benchmarks" / "bulk")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     return parser
@@ -53,12 +59,14 @@ def arguments() -> argparse.ArgumentParser:
 class World:
     """The simulated world on disk, and the jobs that run over it."""
 
-    def __init__(self, home: Path, users: int, ads: int) -> None:
+    def __init__(self, home: Path, users: int, ads: int, activity: float) -> None:
         self.environment = {
             **os.environ,
             "LEADRE_HOME": str(home),
             "LEADRE_SIMULATOR__USERS": str(users),
             "LEADRE_SIMULATOR__ADS": str(ads),
+            "LEADRE_SIMULATOR__CONTENT_EVENTS_PER_DAY": str(3 * activity),
+            "LEADRE_SIMULATOR__IMPRESSIONS_PER_DAY": str(6 * activity),
             "LEADRE_SIMULATOR__HISTORY_DAYS": "3",
             "LEADRE_EXAMPLES__MAX_VALID_CASES": "100",
             "LEADRE_EXAMPLES__MAX_TEST_CASES": "300",
@@ -208,7 +216,7 @@ def measure(world: World, days: list[dt.date]) -> list[dict[str, Any]]:
 def main() -> None:
     """Prepare, measure, print the table."""
     args = arguments().parse_args()
-    world = World(args.home.resolve(), args.users, args.ads)
+    world = World(args.home.resolve(), args.users, args.ads, args.activity)
     first = world.settings().simulator.first_ds
     days = [first + dt.timedelta(days=n) for n in range(3)]
     world.prepare(days)

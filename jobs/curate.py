@@ -22,7 +22,7 @@ from leadre_lib.spark import read, session
 
 
 def publish_ads(spark: SparkSession, settings: Settings, lake: Lake, ds: dt.date) -> None:
-    """Publish `ads` from the raw snapshot, with what their impressions were worth before `ds`."""
+    """Publish `ads` from the raw snapshot, with their worth and popularity before `ds`."""
     days = [day for day in lake.days("behaviours") if 0 < (ds - day).days <= ECPM_DAYS]
     behaviours = read(spark, lake, "behaviours", days) if days else None
     ads = curate_ads(read(spark, lake, "raw_ads", [ds]), behaviours)

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from jobs.command import main, parser
 from leadre_lib import comparison, facts
+from leadre_lib.candidates import groups_of
 from leadre_lib.catalogue import Catalogue, catalogue
 from leadre_lib.constraint_index import ConstraintIndex
 from leadre_lib.contracts import load_contract
@@ -51,7 +52,10 @@ def _past(settings: Settings, lake: Lake, ds: dt.date) -> pa.Table:
 def _measure(
     settings: Settings, ads: Catalogue, model: Path, cases: comparison.Cases, index: ConstraintIndex
 ) -> dict[str, float]:
-    decoder = open_decoder(model, index, settings)
+    # As inference does it, but for the engine: vLLM would stay in memory for every model.
+    decoding = settings.decoding.model_copy(update={"backend": "leadre"})
+    own = settings.model_copy(update={"decoding": decoding})
+    decoder = open_decoder(model, index, own, groups_of(ads, decoding.group_by))
     return comparison.model_metrics(decoder, cases, ads, settings.evaluation.exclude_seen)
 
 

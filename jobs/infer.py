@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import argparse
 import datetime as dt
+from typing import TYPE_CHECKING
 
 from jobs.command import main, parser
 from leadre_lib.errors import LeadreError, NothingToDo
-from leadre_lib.lake import Lake
-from leadre_lib.release import Releases
+from leadre_lib.lake import Lake, Partition
+from leadre_lib.release import Release, Releases
 from leadre_lib.settings import Settings
+
+if TYPE_CHECKING:
+    from leadre_lib.candidates import Retriever
 
 
 def run(args: argparse.Namespace, settings: Settings) -> None:
@@ -26,54 +30,70 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     if release is None:
         raise NothingToDo("there is no champion yet: the first model is trained on the next day")
     # Ten seconds of imports that a day without a champion does without.
+    from leadre_lib.inference import Shard, earlier_partition, infer_shard, parts_folder, parts_of
+
+    earlier = earlier_partition(settings, lake, ds, release.id)
+    folder = parts_folder(settings, lake, ds, release.id, earlier)
+    size = settings.inference.users_per_part
+    parts = Shard(args.shard, args.shards).of(parts_of(lake.use("user_prompts", ds), size))
+    retriever = _retriever(settings, lake, ds, release, args.shard, earlier)
+    if parts_folder(settings, lake, ds, release.id, earlier) != folder:
+        raise LeadreError(f"the inputs of ds={ds} were published again meanwhile: run infer again")
+    infer_shard(parts, retriever, folder, size)
+
+
+def _retriever(
+    settings: Settings,
+    lake: Lake,
+    ds: dt.date,
+    release: Release,
+    shard: int,
+    earlier: Partition | None,
+) -> Retriever:
+    """The champion with the catalogue of the day, on the device of the shard."""
     import torch
 
-    from leadre_lib.candidates import Filler, Retriever, groups_of
+    from leadre_lib import candidates
     from leadre_lib.catalogue import catalogue
     from leadre_lib.generation import open_decoder, sid_sizes
     from leadre_lib.indexes import open_constraint, open_neighbours
-    from leadre_lib.inference import (
-        Shard,
-        earlier_partition,
-        infer_shard,
-        open_earlier,
-        parts_folder,
-        parts_of,
-    )
     from leadre_lib.quantisers import Codebook
+    from leadre_lib.retrieval import set_threads
 
-    prompts = lake.use("user_prompts", ds)
     ads = catalogue(
         lake.read("ads", ds), lake.read("ad_semantic_ids", ds), ds + dt.timedelta(days=1)
     )
     release.require_codebook(ads.codebook, f"`ad_semantic_ids` of ds={ds}")
     for codebook in lake.values("user_prompts", ds, "codebook"):
         release.require_codebook(codebook, f"`user_prompts` of ds={ds}")
-    earlier = earlier_partition(settings, lake, ds, release.id)
-    size = settings.inference.users_per_part
-    parts = Shard(args.shard, args.shards).of(parts_of(prompts, size))
-    codebook_sizes = Codebook.load(release.folder / "codebook").sizes
-    index = open_constraint(release, ads, sid_sizes(codebook_sizes, settings))
-    torch.set_num_threads(settings.inference.threads)
+    decoding, inference = settings.decoding, settings.inference
+    groups = candidates.groups_of(ads, decoding.group_by)
+    filler = None
+    if inference.fill:
+        near, rows = open_neighbours(release, ads)
+        filler = candidates.Filler(ads, near, rows, groups, decoding.max_per_group)
+    torch.set_num_threads(inference.threads)
+    set_threads(inference.threads)
     devices = torch.cuda.device_count()
-    retriever = Retriever(
-        open_decoder(
+    sizes = sid_sizes(Codebook.load(release.folder / "codebook").sizes, settings)
+    return candidates.Retriever(
+        decoder=open_decoder(
             release.model,
-            index,
+            open_constraint(release, ads, sizes),
             settings,
-            groups_of(ads, settings.decoding.group_by),
-            f"cuda:{args.shard % devices}" if devices else "cpu",
+            groups,
+            f"cuda:{shard % devices}" if devices else "cpu",
         ),
-        ads,
-        release.id,
-        ds,
-        settings.decoding.top_k,
-        settings.evaluation.exclude_seen,
-        Filler(ads, *open_neighbours(release, ads)) if settings.inference.fill else None,
-        open_earlier(settings, ds, earlier),
+        catalogue=ads,
+        release=release.id,
+        ds=ds,
+        k=decoding.top_k,
+        exclude_seen=settings.evaluation.exclude_seen,
+        filler=filler,
+        earlier=None
+        if earlier is None
+        else candidates.Earlier(earlier.files, ds, inference.max_age_days),
     )
-    folder = parts_folder(settings, lake, ds, release.id, earlier)
-    infer_shard(parts, retriever, folder, size)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import datetime as dt
 import shutil
 from pathlib import Path
 
+import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
 from jobs.command import main, parser
@@ -21,6 +22,7 @@ from leadre_lib.inference import (
     DECODING,
     decoding_settings,
     earlier_partition,
+    is_finished,
     parts_folder,
     parts_of,
 )
@@ -41,12 +43,11 @@ def _parts(settings: Settings, lake: Lake, ds: dt.date) -> tuple[list[Path], str
     folder = parts_folder(settings, lake, ds, champion.release, earlier)
     prompts = lake.use("user_prompts", ds)
     parts = [part.path(folder) for part in parts_of(prompts, settings.inference.users_per_part)]
-    if gone := [part for part in parts if not part.exists()]:
+    if gone := [part for part in parts if not is_finished(part)]:
         raise LeadreError(
-            f"{gone[0]}: {len(gone)} of {len(parts)} parts are missing: run infer for every shard"
+            f"{gone[0]}: {len(gone)} of {len(parts)} parts are missing or damaged: run infer for"
+            " every shard"
         )
-    if earlier is not None:
-        lake.reads[earlier.name] = earlier.digest
     return parts, champion.release
 
 
@@ -77,8 +78,15 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     newest = served is None or served <= ds
     if newest:
         store.replace(rows, ds)
+    counted = pc.value_counts(rows["source"]).to_pylist()
     facts.record(
-        settings, ds, "publish", rows=published.rows, active_users=active_users, served=newest
+        settings,
+        ds,
+        "publish",
+        rows=published.rows,
+        active_users=active_users,
+        served=newest,
+        sources={count["values"]: count["counts"] for count in counted},
     )
     where = "the lake and the online store" if newest else f"the lake alone: {served} is served"
     print(f"{published.rows} candidates of {active_users} active users published to {where}")

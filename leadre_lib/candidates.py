@@ -17,25 +17,37 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
+import pyarrow.parquet as pq
 
 from leadre_lib.catalogue import Catalogue
 from leadre_lib.contracts import load_contract
 from leadre_lib.decoding import NO_OBJECT, Decoder
 from leadre_lib.evaluation import Histories
 from leadre_lib.generation import decode_distinct
+from leadre_lib.lake import LakeError
 from leadre_lib.retrieval import EmbeddingIndex
 
 Rows = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
+Floats = npt.NDArray[np.float64]
 Days = npt.NDArray[np.datetime64]
 
 SOURCES = ("model", "neighbours", "popularity")
-MODEL, NEIGHBOURS, POPULARITY = range(len(SOURCES))
+MODEL = 0
 USER_COLUMNS = ["user_id", "prompt", "prompt_hash", "seen_ad_ids"]
-EARLIER_COLUMNS = ["user_id", "rank", "ad_id", "score", "prompt_hash", "decoded_on"]
+EARLIER_COLUMNS = [
+    "user_id",
+    "rank",
+    "ad_id",
+    "semantic_id",
+    "score",
+    "prompt_hash",
+    "decoded_on",
+]
+FILL_BLOCK = 1 << 20  # objects weighed at once, of all users together
 
 
 class Lists(NamedTuple):
@@ -43,7 +55,7 @@ class Lists(NamedTuple):
 
     Attributes:
         objects: int64 [users, k], object rows of the catalogue; -1 where there are fewer.
-        scores: float32 [users, k]: log-probabilities of the model's objects, the inner product of
+        scores: float64 [users, k]: log-probabilities of the model's objects, the inner product of
             neighbours, the clicks and conversions of what is popular.
         sources: int8 [users, k], places in `SOURCES`.
     """
@@ -60,6 +72,7 @@ class Filler:
         catalogue: of the day.
         neighbours: nearest objects by embedding; None: fill from popularity alone.
         rows: int64 [vectors of `neighbours`], the catalogue's object row of each; -1 for none.
+        groups: int64 [objects], of which a user gets at most `most` objects; None: any number.
     """
 
     def __init__(
@@ -67,7 +80,10 @@ class Filler:
         catalogue: Catalogue,
         neighbours: EmbeddingIndex | None = None,
         rows: Rows | None = None,
+        groups: Rows | None = None,
+        most: int = 0,
     ) -> None:
+        self._groups, self._most = groups, most
         self._active = catalogue.active_objects
         counts = pc.fill_null(catalogue.ads["popularity"], 0).to_numpy()
         self._popularity = np.bincount(catalogue.owner, counts, len(self._active))
@@ -88,56 +104,78 @@ class Filler:
             excluded: whether a user must not get what they have seen.
         """
         short = np.flatnonzero((lists.objects < 0).any(axis=1))
-        if not len(short):
-            return lists
-        k = lists.objects.shape[1]
-        dealt = _rows_of(seen, short)
-        near, closeness = self._near(dealt, 2 * k)
-        most = int(np.diff(dealt.offsets).max()) if excluded else 0
-        popular = np.tile(self._popular[: k + most], (len(short), 1))
-        objects = np.hstack([lists.objects[short], near, popular])
-        scores = np.hstack([lists.scores[short], closeness, self._popularity[popular]])
-        widths = [k, near.shape[1], popular.shape[1]]
-        sources = np.tile(np.repeat(np.arange(3, dtype=np.int8), widths), (len(short), 1))
-        good = (objects >= 0) & self._active[objects] & _first_of_their_kind(objects)
-        if excluded:
-            key = np.arange(len(short))[:, None] * len(self._active) + objects
-            good &= ~np.isin(key, dealt.cases * len(self._active) + dealt.values)
-        order = np.argsort(~good, axis=1, kind="stable")[:, :k]
-        chosen = np.take_along_axis(good, order, 1)
-        pick = [np.take_along_axis(array, order, 1) for array in (objects, scores, sources)]
         filled = Lists(lists.objects.copy(), lists.scores.copy(), lists.sources.copy())
-        filled.objects[short] = np.where(chosen, pick[0], NO_OBJECT)
-        filled.scores[short] = np.where(chosen, pick[1], -np.inf)
-        filled.sources[short] = pick[2]
+        k = lists.objects.shape[1]
+        longest = int(np.diff(seen.offsets).max(initial=0)) if excluded else 0
+        block = max(1, FILL_BLOCK // (4 * k + longest))
+        for start in range(0, len(short), block):
+            users = short[start : start + block]
+            some = self._fill(lists, users, _rows_of(seen, users), excluded)
+            filled.objects[users] = some.objects
+            filled.scores[users] = some.scores
+            filled.sources[users] = some.sources
         return filled
 
-    def _near(self, dealt: Histories, count: int) -> tuple[Rows, Floats]:
-        """Objects nearest to the mean of what each user dealt with, and their inner products."""
-        known = np.unique(dealt.values[self._vector[dealt.values] >= 0])
+    def _fill(self, lists: Lists, users: Rows, seen: Histories, excluded: bool) -> Lists:
+        """The lists of some users, filled; `seen` is theirs alone."""
+        k = lists.objects.shape[1]
+        near, closeness = self._near(seen, 2 * k)
+        most = int(np.diff(seen.offsets).max()) if excluded else 0
+        # With groups the popular may all be of one: then more of them are needed.
+        wanted = k + most if self._groups is None else len(self._popular)
+        popular = np.tile(self._popular[:wanted], (len(users), 1))
+        objects = np.hstack([lists.objects[users], near, popular])
+        scores = np.hstack([lists.scores[users], closeness, self._popularity[popular]])
+        widths = [k, near.shape[1], popular.shape[1]]
+        of_each = np.repeat(np.arange(len(SOURCES), dtype=np.int8), widths)
+        good = (objects >= 0) & self._active[objects] & _first_of_their_kind(objects)
+        if excluded:
+            good &= ~_among(objects, seen, len(self._active))
+        if self._groups is not None:
+            good = _within(good, self._groups[objects], self._most)
+        order = np.argsort(~good, axis=1, kind="stable")[:, :k]
+        chosen = np.take_along_axis(good, order, 1)
+        return Lists(
+            np.where(chosen, np.take_along_axis(objects, order, 1), NO_OBJECT),
+            np.where(chosen, np.take_along_axis(scores, order, 1), -np.inf),
+            of_each[order],
+        )
+
+    def _near(self, seen: Histories, count: int) -> tuple[Rows, Floats]:
+        """Objects nearest to the mean of what each user has seen, less these themselves, and their
+        inner products.
+        """
+        known = np.unique(seen.values[self._vector[seen.values] >= 0])
         if self._neighbours is None or not len(known):
-            return np.empty((len(dealt), 0), np.int64), np.empty((len(dealt), 0), np.float32)
+            return np.empty((len(seen), 0), np.int64), np.empty((len(seen), 0))
         vectors = self._neighbours.vectors(self._vector[known])
-        means = dealt.matrix(len(self._active))[:, known] @ vectors
+        means = seen.matrix(len(self._active))[:, known] @ vectors
         length = np.linalg.norm(means, axis=1, keepdims=True)
         scores, rows = self._neighbours.search(means / np.maximum(length, 1e-12), count)
+        objects = np.where(rows >= 0, self._object[rows], NO_OBJECT)
         # Of a user without anything known every object is as near as any other.
-        found = (rows >= 0) & (length > 0)
-        return np.where(found, self._object[rows], NO_OBJECT), scores
+        found = (length > 0) & ~_among(objects, seen, len(self._active))
+        return np.where(found, objects, NO_OBJECT), scores.astype(np.float64)
 
 
 class Earlier:
     """The candidates of an earlier day, made by the same release with the same settings.
 
     Args:
-        files: of that partition. Where they are sorted by user, a part reads few of their pages.
-        since: what was decoded before this day is too old to be carried over.
+        files: of that partition.
+        ds: the day for which users are asked about.
+        max_age_days: after which a user is decoded again. So that not all of them are due on one
+            night, each has a night of its own in every so many.
+
+    Raises:
+        LakeError: a file cannot be read; the message names it.
     """
 
-    def __init__(self, files: Sequence[Path], since: dt.date) -> None:
-        schema = load_contract("candidates").arrow_schema()
-        self._rows = pads.dataset([str(path) for path in files], schema=schema, format="parquet")
-        self._since = since
+    def __init__(self, files: Sequence[Path], ds: dt.date, max_age_days: int) -> None:
+        self._files = list(files)
+        self._bounds = [_user_bounds(path) for path in files]
+        self._ds = ds
+        self._max_age = max_age_days
 
     def of(
         self, users: pa.Table, catalogue: Catalogue, seen: Histories, excluded: bool, k: int
@@ -147,26 +185,28 @@ class Earlier:
         Objects that stopped, or that a user must not get any more, are left out.
 
         Returns:
-            objects int64 and scores float32, both [users, k], -1 and -inf where there are none, and
+            objects int64 and scores float64, both [users, k], -1 and -inf where there are none, and
             the day on which each user was decoded, datetime64 [users].
         """
         rows, user = self._read(users)
-        told = users["prompt_hash"].combine_chunks().take(pa.array(user))
-        same = pc.equal(rows["prompt_hash"].combine_chunks(), told)
         objects = catalogue.object_rows(rows["ad_id"])
-        keep = same.to_numpy(zero_copy_only=False) & (objects >= 0)
+        keep = (objects >= 0) & ~self._due(users)[user]
         keep[keep] &= catalogue.active_objects[objects[keep]]
+        # The ad may sell another object today, or the object have another Semantic ID.
+        ids = catalogue.objects["semantic_id"].combine_chunks().take(pa.array(objects.clip(0)))
+        told = users["prompt_hash"].combine_chunks().take(pa.array(user))
+        for column, now in (("semantic_id", ids), ("prompt_hash", told)):
+            keep &= pc.equal(rows[column].combine_chunks(), now).to_numpy(zero_copy_only=False)
         if excluded:
-            keep &= ~np.isin(user * len(catalogue.codes) + objects, _keys(seen, catalogue))
+            mine = _keys(seen, len(catalogue.codes))
+            keep &= ~np.isin(user * len(catalogue.codes) + objects, mine)
         # Of an object's ads the first one stands for it; what is left moves up.
         kept = np.flatnonzero(keep)
         key = user[kept] * len(catalogue.codes) + objects[kept]
         kept = kept[np.sort(np.unique(key, return_index=True)[1])]
         nth = np.arange(len(kept)) - np.searchsorted(user[kept], user[kept])
         kept, nth = kept[nth < k], nth[nth < k]
-        found = np.full((users.num_rows, k), NO_OBJECT, np.int64)
-        scores = np.full((users.num_rows, k), -np.inf, np.float32)
-        days = np.full(users.num_rows, np.datetime64("NaT"), "datetime64[D]")
+        found, scores, days = _nothing(users.num_rows, k)
         found[user[kept], nth] = objects[kept]
         scores[user[kept], nth] = rows["score"].to_numpy()[kept]
         days[user[kept]] = rows["decoded_on"].to_numpy()[kept]
@@ -176,13 +216,32 @@ class Earlier:
         """The model's rows for some users, and each row's user; sorted by user and rank."""
         ids, field = users["user_id"].combine_chunks(), pads.field
         bounds = pc.min_max(ids).as_py()
-        wanted = (field("user_id") >= bounds["min"]) & (field("user_id") <= bounds["max"])
-        wanted &= field("user_id").isin(ids) & (field("source") == SOURCES[MODEL])
-        wanted &= field("decoded_on") >= pa.scalar(self._since)
-        rows = self._rows.to_table(columns=EARLIER_COLUMNS, filter=wanted).combine_chunks()
+        files = [
+            str(path)
+            for path, (low, high) in zip(self._files, self._bounds, strict=True)
+            if low <= bounds["max"] and high >= bounds["min"]
+        ]
+        since = self._ds - dt.timedelta(days=self._max_age)
+        wanted = field("user_id").isin(ids) & (field("source") == SOURCES[MODEL])
+        wanted &= field("decoded_on") >= pa.scalar(since)
+        schema = load_contract("candidates").arrow_schema()
+        try:
+            opened = pads.dataset(files, schema=schema, format="parquet")
+            rows = opened.to_table(columns=EARLIER_COLUMNS, filter=wanted).combine_chunks()
+        except (pa.ArrowException, OSError) as error:
+            raise LakeError(
+                f"{', '.join(files)}: cannot be read ({error}): restore that day's candidates, or"
+                " switch inference.incremental off"
+            ) from None
         place = pc.index_in(rows["user_id"].combine_chunks(), ids).to_numpy(zero_copy_only=False)
         order = np.lexsort((rows["rank"].to_numpy(), place))
         return rows.take(pa.array(order)), place[order].astype(np.int64)
+
+    def _due(self, users: pa.Table) -> npt.NDArray[np.bool_]:
+        """Whose night it is, by a hash of the user's id that is the same everywhere."""
+        ids = users["user_id"].to_numpy().astype(object)
+        night = pd.util.hash_array(ids, categorize=False) % np.uint64(self._max_age)
+        return night == np.uint64(self._ds.toordinal() % self._max_age)
 
 
 @dataclass(frozen=True)
@@ -216,13 +275,13 @@ class Retriever:
             users: `USER_COLUMNS` of the contract `user_prompts`.
         """
         seen = _seen(users, self.catalogue)
-        objects = np.full((users.num_rows, self.k), NO_OBJECT, np.int64)
-        scores = np.full((users.num_rows, self.k), -np.inf, np.float32)
-        days = np.full(users.num_rows, np.datetime64("NaT"), "datetime64[D]")
-        if self.earlier is not None:
+        objects, scores, days = _nothing(users.num_rows, self.k)
+        if self.earlier is not None and users.num_rows:
             objects, scores, days = self.earlier.of(
                 users, self.catalogue, seen, self.exclude_seen, self.k
             )
+            if self.filler is None:  # who has lost an object would stay without
+                days[(objects < 0).any(axis=1)] = np.datetime64("NaT")
         new = np.flatnonzero(np.isnat(days))
         if len(new):
             prompts = users["prompt"].take(pa.array(new)).to_pylist()
@@ -281,9 +340,50 @@ def _seen(users: pa.Table, catalogue: Catalogue) -> Histories:
     return Histories(np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), rows)
 
 
-def _keys(histories: Histories, catalogue: Catalogue) -> Rows:
+def _nothing(users: int, k: int) -> tuple[Rows, Floats, Days]:
+    """Objects, scores and days of users who have nothing yet."""
+    return (
+        np.full((users, k), NO_OBJECT, np.int64),
+        np.full((users, k), -np.inf),
+        np.full(users, np.datetime64("NaT"), "datetime64[D]"),
+    )
+
+
+def _user_bounds(path: Path) -> tuple[str, str]:
+    """Smallest and largest user id of a file of candidates, told by its footer."""
+    try:
+        footer = pq.read_metadata(path)
+    except (pa.ArrowException, OSError) as error:
+        raise LakeError(
+            f"{path}: cannot be read ({error}): restore that day's candidates"
+        ) from None
+    column = footer.schema.to_arrow_schema().get_field_index("user_id")
+    groups = [footer.row_group(n).column(column).statistics for n in range(footer.num_row_groups)]
+    told = [s for s in groups if s is not None and s.has_min_max]
+    if len(told) < len(groups):
+        return "", chr(0x10FFFF)
+    return min((s.min for s in told), default=""), max((s.max for s in told), default="")
+
+
+def _keys(histories: Histories, objects: int) -> Rows:
     """`case * objects + object` of each entry, int64."""
-    return histories.cases * len(catalogue.codes) + histories.values
+    return histories.cases * objects + histories.values
+
+
+def _among(found: Rows, histories: Histories, objects: int) -> npt.NDArray[np.bool_]:
+    """Whether each of `found` [cases, places] is in the history of its case."""
+    return np.isin(np.arange(len(found))[:, None] * objects + found, _keys(histories, objects))
+
+
+def _within(good: npt.NDArray[np.bool_], groups: Rows, most: int) -> npt.NDArray[np.bool_]:
+    """The first `most` good places of each group in a row; both [rows, places]."""
+    row, place = np.nonzero(good)
+    key = row * (int(groups.max(initial=0)) + 1) + groups[row, place]
+    order = np.argsort(key, kind="stable")
+    rank = np.arange(len(key)) - np.searchsorted(key[order], key[order])
+    kept = np.zeros_like(good)
+    kept[row[order], place[order]] = rank < most
+    return kept
 
 
 def _rows_of(histories: Histories, cases: Rows) -> Histories:

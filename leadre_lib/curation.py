@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
-ECPM_DAYS = 7  # over which the worth of an ad is averaged
+ECPM_DAYS = 7  # over which an ad's worth is averaged, and its popularity counted
 CONTENT = "content"
 AD = "ad"
 BEHAVIOUR_COLUMNS = [

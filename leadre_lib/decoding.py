@@ -359,9 +359,9 @@ def best(total: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 def _capped(total: torch.Tensor, groups: torch.Tensor, most: int) -> torch.Tensor:
     """Scores [users, beams, candidates] of the best `most` of each group; the rest at -inf."""
     flat, group = total.flatten(1), groups.flatten(1)
-    best = flat.argsort(dim=1, descending=True, stable=True)
+    ranked = flat.argsort(dim=1, descending=True, stable=True)
     # By group, and within a group still by score: a candidate's place in its run is its rank.
-    order = best.gather(1, group.gather(1, best).argsort(dim=1, stable=True))
+    order = ranked.gather(1, group.gather(1, ranked).argsort(dim=1, stable=True))
     run = group.gather(1, order)
     place = torch.arange(run.shape[1], device=run.device).expand_as(run)
     starts = torch.ones_like(run, dtype=torch.bool)

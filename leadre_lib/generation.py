@@ -5,6 +5,7 @@ Each distinct prompt is decoded once. Knows nothing of where prompts come from o
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def open_decoder(
             that `decoding.backend` names is not installed.
     """
     if settings.decoding.backend == "vllm":
+        _show_only(device)
         tokenizer = load_tokenizer(model)
         ids = sid_token_ids(tokenizer, index.sizes)
         return VllmDecoder(
@@ -58,6 +60,14 @@ def open_decoder(
         device or ("cuda" if torch.cuda.is_available() else "cpu"),
         groups,
     )
+
+
+def _show_only(device: str) -> None:
+    """Let this process see one accelerator: vLLM takes the first that it sees."""
+    _, named, number = device.partition("cuda:")
+    if named:
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = seen[int(number)] if seen != [""] else number
 
 
 def decode_distinct(

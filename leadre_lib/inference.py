@@ -15,8 +15,8 @@ import datetime as dt
 import hashlib
 import json
 import logging
-import os
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -25,7 +25,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from leadre_lib.candidates import USER_COLUMNS, Earlier, Retriever
+from leadre_lib.candidates import USER_COLUMNS, Retriever
 from leadre_lib.lake import Lake, LakeError, Partition
 from leadre_lib.settings import Settings
 
@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 INPUTS = ("ads", "ad_semantic_ids")
 DECODING = "decoding"
+READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -99,27 +100,19 @@ def decoding_settings(settings: Settings) -> str:
 def earlier_partition(
     settings: Settings, lake: Lake, ds: dt.date, release: str
 ) -> Partition | None:
-    """The candidates that may be carried over: of the day before, if they were published by the
-    same release with the same settings. None also where `inference.incremental` is off.
+    """The candidates that may be carried over: of the newest day before, if they were published by
+    the same release with the same settings. None also where `inference.incremental` is off.
     """
     days = [day for day in lake.days("candidates") if day < ds]
     if not settings.inference.incremental or not days:
         return None
-    earlier = lake.partition("candidates", days[-1])
+    earlier = lake.use("candidates", days[-1])
     wanted = {"champion": release, DECODING: decoding_settings(settings)}
     told = {name: earlier.inputs.get(name) for name in wanted}
     if told != wanted:
         log.info("%s is of another release or other settings: decoding everybody", earlier.name)
         return None
     return earlier
-
-
-def open_earlier(settings: Settings, ds: dt.date, partition: Partition | None) -> Earlier | None:
-    """The rows of `earlier_partition` that are young enough."""
-    if partition is None:
-        return None
-    since = ds - dt.timedelta(days=settings.inference.max_age_days)
-    return Earlier(partition.files, since)
 
 
 def parts_folder(
@@ -147,7 +140,7 @@ def infer_shard(parts: Sequence[Part], retriever: Retriever, folder: Path, size:
         size: users a part, as `parts_of` was told.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    todo = [part for part in parts if not part.path(folder).exists()]
+    todo = [part for part in parts if not is_finished(part.path(folder))]
     if len(todo) < len(parts):
         log.info("%d of %d parts are finished already", len(parts) - len(todo), len(parts))
     began, users, decoded = time.monotonic(), 0, 0
@@ -167,16 +160,36 @@ def _read(parts: Sequence[Part], size: int) -> Iterator[tuple[Part, pa.Table]]:
     """The users of each part; of a row group no more than one part is held."""
     for (file, group), wanted in groupby(parts, lambda part: (part.file, part.row_group)):
         by_nth = {part.nth: part for part in wanted}
-        with pq.ParquetFile(file) as opened:
+        # Without these two a whole row group would be held, compressed.
+        with pq.ParquetFile(file, pre_buffer=False, buffer_size=READ_BYTES) as opened:
             batches = opened.iter_batches(size, row_groups=[group], columns=USER_COLUMNS)
-            for nth, batch in enumerate(batches):
+            for nth, batch in enumerate(_readable(batches, file)):
                 if nth in by_nth:
                     yield by_nth.pop(nth), pa.Table.from_batches([batch])
         if by_nth:
             raise LakeError(f"{file}: shorter than its footer says; publish the partition again")
 
 
+def _readable(batches: Iterator[pa.RecordBatch], file: Path) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from batches
+    except (pa.ArrowException, OSError) as error:
+        raise LakeError(f"{file}: damaged ({error}); publish the partition again") from None
+
+
+def is_finished(path: Path) -> bool:
+    """Whether a part is there and whole; of one that was cut short only the name is left."""
+    try:
+        pq.read_metadata(path)
+    except FileNotFoundError:
+        return False
+    except (pa.ArrowException, OSError) as error:
+        log.warning("%s is damaged and counts as missing: %s", path, error)
+        return False
+    return True
+
+
 def _write(table: pa.Table, path: Path) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     pq.write_table(table, partial)
     partial.replace(path)

@@ -371,10 +371,18 @@ class Lake:
 
     def values(self, table: str, ds: dt.date, column: str) -> list[Any]:
         """The distinct values of a column of one partition, read as a stream; null among them."""
-        files = [str(path) for path in self.use(table, ds).files]
-        schema = load_contract(table).arrow_schema()
-        scanner = pads.dataset(files, schema=schema, format="parquet").scanner(columns=[column])
-        found = {value for batch in scanner.to_batches() for value in batch[0].unique().to_pylist()}
+        files = self.use(table, ds).files
+        contract = load_contract(table)
+        try:
+            opened = pads.dataset(
+                [str(path) for path in files], schema=contract.arrow_schema(), format="parquet"
+            )
+            batches = opened.scanner(columns=[column]).to_batches()
+            found = {value for batch in batches for value in batch[0].unique().to_pylist()}
+        except (pa.ArrowException, OSError) as error:
+            raise LakeError(
+                f"table {table} of ds={ds}: {error}: restore the partition or publish it again"
+            ) from None
         return sorted(found, key=repr)
 
     def begin(self, table: str, ds: dt.date) -> Attempt:

@@ -76,6 +76,8 @@ class OnlineStore:
                     (user_id,),
                 ).fetchall()
             except sqlite3.OperationalError as error:
+                if "no such" not in str(error):
+                    raise
                 raise LeadreError(
                     f"{self.path}: not as this version writes it ({error}): publish the day again"
                 ) from None

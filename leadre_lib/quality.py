@@ -251,7 +251,9 @@ def candidate_outcomes(
     """What a column's checks cannot see: stopped ads, coverage of users, drift of the scores."""
     rows = catalogue.ad_rows(candidates["ad_id"])
     stopped = int((~np.where(rows >= 0, catalogue.active[rows], False)).sum())
-    covered = pc.count_distinct(candidates["user_id"]).as_py() / max(1, active_users)
+    # What fills lists up finds something for anybody: it would hide a model that finds nothing.
+    told = candidates.filter(pc.equal(candidates["source"], "model"))
+    covered = pc.count_distinct(told["user_id"]).as_py() / max(1, active_users)
     outcomes = [
         Outcome(
             "candidates",
@@ -261,7 +263,7 @@ def candidate_outcomes(
         Outcome(
             "candidates",
             Check("coverage_of_active_users", {}, "critical"),
-            f"{covered:.2%} of {active_users} active users, less than"
+            f"the model found something for {covered:.2%} of {active_users} active users, less than"
             f" quality.min_candidate_coverage = {settings.min_candidate_coverage:.2%}"
             if covered < settings.min_candidate_coverage
             else "",

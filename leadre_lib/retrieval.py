@@ -215,6 +215,11 @@ class EmbeddingIndex:
         return float(np.mean((rows >= 0) & (scores >= worst)))
 
 
+def set_threads(count: int) -> None:
+    """How many threads FAISS searches with; it does not ask torch."""
+    faiss.omp_set_num_threads(count)
+
+
 def exact(queries: Vectors, vectors: Vectors, k: int) -> tuple[Vectors, Rows]:
     """The k largest inner products of float32 [queries, dim] with [rows, dim], and their rows.
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from leadre_lib.candidates import USER_COLUMNS, Earlier, Filler, Retriever
+from leadre_lib.candidates import USER_COLUMNS, Earlier, Filler, Retriever, groups_of
 from leadre_lib.catalogue import Catalogue, catalogue
 from leadre_lib.constraint_index import ConstraintIndex
 from leadre_lib.decoding import BeamDecoder
@@ -221,6 +221,10 @@ def test_the_model_is_filled_up_by_neighbours_and_then_by_popularity(
     # Shoes are bought already; socks are nearest to them, and then it does not matter.
     assert told["u01"][:2] == [("a6", "model"), ("a3", "neighbours")]
     assert {ad_id for ad_id, _ in told["u01"]} == {"a6", "a3", "a2"}
+    again = replace(asked, exclude_seen=False).candidates(users(range(1, 2)))[0].to_pandas()
+    assert "neighbours" not in set(
+        again[again["ad_id"] == "a1"]["source"]
+    )  # nobody's own neighbour
     scores = found.set_index(["user_id", "ad_id"])["score"]
     assert scores["u00", "a2"] == 9.0
     assert scores["u00", "a5"] == scores["u00", "a1"] == 11.0
@@ -253,7 +257,7 @@ def test_unchanged_users_are_carried_over(
         pa.array([f"hash {n}{' anew' if n % 5 == 0 else ''}" for n in range(USERS)]),
     )
     day = DAY1 + dt.timedelta(days=1)
-    earlier = Earlier([tmp_path / "earlier.parquet"], DAY1)
+    earlier = Earlier([tmp_path / "earlier.parquet"], day, 10**5)
     after, decoded = replace(retriever, ds=day, earlier=earlier).candidates(changed)
     assert decoded == 5
     told = after.to_pandas()
@@ -265,7 +269,7 @@ def test_unchanged_users_are_carried_over(
         told[same], before.to_pandas()[same], check_exact=False, atol=1e-4
     )
     # Too old, or of nobody: everybody is decoded.
-    old = Earlier([tmp_path / "earlier.parquet"], day)
+    old = Earlier([tmp_path / "earlier.parquet"], day + dt.timedelta(days=9), 8)
     assert replace(retriever, ds=day, earlier=old).candidates(users())[1] == USERS
     strangers = users(range(50, 53))
     assert replace(retriever, ds=day, earlier=earlier).candidates(strangers)[1] == 3
@@ -280,7 +284,7 @@ def test_what_is_carried_over_is_what_may_be_shown_today(
     stopped[0]["stop_date"] = stopped[4]["stop_date"] = DAY1  # both ads of the shoes
     stopped[1] |= {"ecpm": 3.0}
     today = catalogue(rows("ads", stopped), sids(), DAY1 + dt.timedelta(days=1))
-    earlier = Earlier([tmp_path / "earlier.parquet"], DAY0)
+    earlier = Earlier([tmp_path / "earlier.parquet"], DAY1, 10**5)
     asked = replace(
         retriever, catalogue=today, earlier=earlier, filler=Filler(today), exclude_seen=True
     )
@@ -332,3 +336,80 @@ def test_only_the_same_release_and_settings_are_carried_over(
         )
     }
     assert len(folders) == 4
+
+
+def test_everybody_is_decoded_once_in_so_many_nights(retriever: Retriever, tmp_path: Path) -> None:
+    pq.write_table(retriever.candidates(users())[0], tmp_path / "earlier.parquet")
+    decoded = []
+    for night in range(1, 6):
+        day = DAY1 + dt.timedelta(days=night)
+        earlier = Earlier([tmp_path / "earlier.parquet"], day, 5)
+        found, _ = replace(retriever, ds=day, earlier=earlier).candidates(users())
+        told = found.to_pandas()
+        decoded.append(set(told[told["decoded_on"] == day]["user_id"]))
+    assert set.union(*decoded) == set(users()["user_id"].to_pylist())
+    assert sum(map(len, decoded)) == USERS
+    assert max(map(len, decoded)) < USERS
+
+
+def test_an_object_with_another_id_is_not_carried_over(
+    retriever: Retriever, ads: Catalogue, tmp_path: Path
+) -> None:
+    pq.write_table(retriever.candidates(users())[0], tmp_path / "earlier.parquet")
+    ids = ads.objects["semantic_id"].to_pylist()
+    column = ads.objects.column_names.index("semantic_id")
+    other = ads.objects.set_column(column, "semantic_id", pa.array([f"{sid}x" for sid in ids]))
+    earlier = Earlier([tmp_path / "earlier.parquet"], DAY1, 10**5)
+    asked = replace(retriever, catalogue=replace(ads, objects=other), earlier=earlier)
+    assert asked.candidates(users())[1] == USERS
+    assert asked.candidates(users(range(0)))[0].num_rows == 0
+
+
+def test_a_part_reads_only_the_earlier_files_that_hold_its_users(
+    retriever: Retriever, tmp_path: Path
+) -> None:
+    files = []
+    for start in range(0, 20, 5):
+        files.append(tmp_path / f"{start}.parquet")
+        pq.write_table(retriever.candidates(users(range(start, start + 5)))[0], files[-1])
+    earlier = Earlier(files, DAY1, 10**5)
+    files[0].unlink()
+    asked = replace(retriever, earlier=earlier)
+    assert asked.candidates(users(range(7, 13)))[1] == 0
+    with pytest.raises(LakeError, match=r"0\.parquet.*restore"):
+        asked.candidates(users(range(3)))
+
+
+def test_filling_keeps_to_the_cap_of_a_group(retriever: Retriever, ads: Catalogue) -> None:
+    groups = groups_of(ads, "category")
+    filler = Filler(ads, EmbeddingIndex.build(VECTORS), np.arange(5), groups, 1)
+    asked = replace(retriever, k=4, filler=filler)
+    asked.decoder.set_active(np.array([True, False, False, False, False]))  # it knows the shoes
+    try:
+        found = asked.candidates(users())[0].to_pandas()
+    finally:
+        asked.decoder.set_active(ads.active_objects)
+    category = {told["ad_id"]: told["category"] for told in ADS}
+    objects = found.drop_duplicates(["user_id", "semantic_id"])
+    counts = objects.groupby(["user_id", objects["ad_id"].map(category)]).size()
+    assert counts.max() == 1
+    assert (counts.groupby("user_id").size() == 3).all()  # sports, home, outdoor
+
+
+def test_a_damaged_part_is_made_again(
+    prompts: Partition, retriever: Retriever, tmp_path: Path
+) -> None:
+    whole = infer(prompts, retriever, tmp_path, 1)
+    path = parts_of(prompts, PART)[2].path(tmp_path)
+    path.write_bytes(path.read_bytes()[:-10])
+    assert infer(prompts, retriever, tmp_path, 1).equals(whole)
+
+
+def test_damaged_pages_of_prompts_are_named(
+    prompts: Partition, retriever: Retriever, tmp_path: Path
+) -> None:
+    data = bytearray(prompts.files[0].read_bytes())
+    data[4:200] = bytes(196)
+    prompts.files[0].write_bytes(data)
+    with pytest.raises(LakeError, match=prompts.files[0].name):
+        infer(prompts, retriever, tmp_path, 1)
