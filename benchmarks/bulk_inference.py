@@ -73,9 +73,9 @@ class World:
             "LEADRE_SFT__EPOCHS": "0.5",
         }
 
-    def settings(self, **more: str) -> Settings:
+    def settings(self) -> Settings:
         """As the jobs see them."""
-        os.environ.update(self.environment | more)
+        os.environ.update(self.environment)
         return load_settings()
 
     def command(self, job: str, ds: dt.date, *options: str) -> list[str]:
@@ -100,6 +100,12 @@ class World:
         """Data of all days, and a champion as of the second; what is there stays."""
         settings = self.settings()
         lake = Lake(settings.lake)
+        made_with = {k: v for k, v in self.environment.items() if k.startswith("LEADRE_")}
+        told = settings.home / "made_with.json"
+        if told.exists() and json.loads(told.read_text()) != made_with:
+            raise SystemExit(f"{told}: made with other options: choose another --home")
+        told.parent.mkdir(parents=True, exist_ok=True)
+        told.write_text(json.dumps(made_with))
         for ds in days:
             for job in DATA_JOBS if not lake.has("user_prompts", ds) else ():
                 self.run(job, ds)
@@ -156,8 +162,10 @@ def curve(values: list[int], points: int = 40) -> str:
 
 def row(name: str, users: int, seconds: float, memory: list[list[int]]) -> dict[str, Any]:
     """One line of the table; memory is that of the largest shard, in its halves."""
-    largest = max(memory, key=max)
+    largest = max(memory, key=lambda curve: max(curve, default=0))
     middle = len(largest) // 2
+    if not middle:
+        raise SystemExit(f"{name}: over within two seconds, too soon to tell its memory")
     print(f"  memory of a shard, {name}: {curve(largest)}", flush=True)
     return {
         "method": f"leadre {name}",
