@@ -167,7 +167,8 @@ class ModelSettings(Section):
 
 
 class TrainingSettings(Section):
-    """What SFT and DPO share. Batch sizes are examples a rank and optimizer step.
+    """What SFT and DPO share. Batch sizes are those of a rank and optimizer step: rows, each packed
+    with examples, of SFT, and pairs of DPO.
 
     `ranks` counts those of all hosts; `deepspeed` names a file in `conf`.
     """
@@ -183,11 +184,20 @@ class TrainingSettings(Section):
     weight_decay: float = Field(0.1, ge=0)
     checkpoint_steps: PositiveInt = 50
     gradient_checkpointing: bool = False
+
+
+class SftSettings(TrainingSettings):
+    """Supervised fine-tuning (paper, section 3.3), in packed rows (see `packing`)."""
+
+    row_tokens: int = Field(0, ge=0, description="of a packed row; 0: model.max_tokens")
     loss_on: Literal["response", "semantic_ids"] = Field(
         "semantic_ids",
         description="the response alone, or every Semantic ID of the prompt too: a behaviour is"
         " then a target of what is older than it",
     )
+    validations: PositiveInt = Field(10, description="how often validation cases are decoded")
+    validation_cases: int = Field(500, ge=0, description="of them; 0: the last weights are kept")
+    patience: PositiveInt = Field(3, description="validations without a better one that end it")
 
 
 class DpoSettings(TrainingSettings):
@@ -287,7 +297,7 @@ class Settings(BaseSettings):
     embedding: EmbeddingSettings = EmbeddingSettings()
     semantic_ids: SemanticIdSettings = SemanticIdSettings()
     model: ModelSettings = ModelSettings()
-    sft: TrainingSettings = TrainingSettings()
+    sft: SftSettings = SftSettings()
     dpo: DpoSettings = DpoSettings()
     decoding: DecodingSettings = DecodingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()

@@ -4,15 +4,19 @@
 read, `run_ranks` starts the ranks under DeepSpeed and sees them through; what a rank does is in
 `training_rank`. The folder of a stage, `work/sft` or `work/dpo`, holds
 
-    train.parquet, order.npy   token ids of the examples, and the order in which steps take them
+    train.parquet              token ids: packed sequences of SFT (see `packing`), pairs of DPO
+    order.npy                  of DPO: the order in which steps take the pairs
+    rows.npz                   of SFT: which sequences are in each row, in the order of the steps
+    validation/                of SFT: cases on which the best weights are chosen, and their index
     init/                      the model that SFT starts from (DPO starts from `work/sft/model`)
     fingerprint.json           sha256 of all of the above and of the settings: equal means resume
     run.json, ranks.json       what the ranks are told; the session that they run in
     checkpoints/               of the trainer; private, they hold pickles; gone once it is done
+    best/, validation.json     the best weights so far, and the validation curve
     loss.json, model/          the result; `model/` appears whole and last
 
-Every random choice is in `order.npy`, so a resumed run takes the same steps as one that was never
-stopped. Knows nothing of the lake, of what a prompt says, of losses, or of releases.
+Every random choice is in `order.npy` or `rows.npz`, so a resumed run takes the same steps as one
+that was never stopped. Knows nothing of the lake, of what a prompt says, of losses, or of releases.
 """
 
 from __future__ import annotations
@@ -30,6 +34,8 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -37,13 +43,16 @@ from typing import Any, Literal
 import numpy as np
 import psutil
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from leadre_lib import model as models
+from leadre_lib.constraint_index import ConstraintIndex
 from leadre_lib.errors import LeadreError
 from leadre_lib.facts import write_json
+from leadre_lib.packing import Ragged, fill_rows, sequences
 from leadre_lib.settings import REPOSITORY, Settings, TrainingSettings
 
 log = logging.getLogger(__name__)
@@ -53,6 +62,7 @@ CHUNK_ROWS = 8192  # examples held as Python lists at once
 BUCKET_STEPS = 16  # steps among which examples are sorted by length
 BUILDERS = {"ninja", "c++", "g++", "cc1plus", "ld"}
 LOCK_SECONDS = 300
+RESULTS = ("loss.json", "validation.json")
 
 
 class TrainingError(LeadreError):
@@ -62,6 +72,44 @@ class TrainingError(LeadreError):
 # --- what the ranks read ------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Validation:
+    """Cases on which the best weights of a training are chosen, by HR@10.
+
+    `prompts` [cases]; `target` is int64 [cases], rows of the index; `unwanted` are for each case
+    the rows that it must not get, or None; `index` holds the objects that may be written.
+    """
+
+    prompts: list[str]
+    target: np.ndarray
+    unwanted: list[np.ndarray] | None
+    index: ConstraintIndex
+
+    def save(self, folder: Path) -> None:
+        """Write into a new folder."""
+        folder.mkdir(parents=True)
+        none: list[list[int]] = [[] for _ in self.prompts]
+        unwanted = none if self.unwanted is None else [u.tolist() for u in self.unwanted]
+        table = {
+            "prompt": pa.array(self.prompts, pa.string()),
+            "target": pa.array(self.target, pa.int64()),
+            "unwanted": pa.array(unwanted, pa.list_(pa.int64())),
+        }
+        pq.write_table(pa.table(table), folder / "cases.parquet")
+        self.index.save(folder / "constraint.safetensors")
+
+    @classmethod
+    def load(cls, folder: Path) -> Validation:
+        """Read what `save` wrote."""
+        table = pq.read_table(folder / "cases.parquet")
+        return cls(
+            table["prompt"].to_pylist(),
+            table["target"].to_numpy(),
+            [np.array(rows, np.int64) for rows in table["unwanted"].to_pylist()],
+            ConstraintIndex.load(folder / "constraint.safetensors"),
+        )
+
+
 def prepare_sft(
     examples: pa.Table,
     work: Path,
@@ -69,17 +117,21 @@ def prepare_sft(
     settings: Settings,
     sid_vocab: Sequence[str],
     sid_vectors: np.ndarray | None = None,
+    validation: Validation | None = None,
 ) -> None:
     """Write what supervised fine-tuning reads, in `work/sft`; keep what is there if it is equal.
 
     Args:
-        examples: columns `prompt` and `response`; what the loss is on, `settings.sft.loss_on` says.
+        examples: columns `prompt`, `response`, `weight` and `request_id`. Examples of one request
+            share what their prompts begin with (see `packing`); null: an example by itself. What
+            the loss is on, `settings.sft.loss_on` says; weights are taken relative to their mean.
         work: the day's scratch folder.
         base_release: a folder whose `model/` training goes on from; its tokenizer is kept, and new
             tokens of `sid_vocab` are added. None: `settings.model.base`, or a model from scratch.
         settings: sections `model` and `sft`, and the seed.
         sid_vocab: all Semantic ID tokens (`model.sid_tokens`).
         sid_vectors: float [tokens of `sid_vocab`, any width], where a new model's embeddings start.
+        validation: without it the last weights are the result.
 
     Raises:
         TrainingError: a response leaves no room for a prompt.
@@ -90,8 +142,21 @@ def prepare_sft(
     staged = _fresh(folder / "prepared")
     model, tokenizer = _start(examples, base_release, settings, sid_vocab, sid_vectors)
     models.save(model, tokenizer, staged / "init")
-    lengths = _write_examples(staged / "train.parquet", _sft_rows(examples, tokenizer, settings))
-    _adopt(staged, folder, staged / "init", lengths, settings, settings.sft)
+    examples = _by_request(examples)
+    lengths = _write_parts(staged / "train.parquet", _sft_parts(examples, tokenizer, settings))
+    section = settings.sft
+    rows = training_rows(
+        lengths,
+        section.row_tokens or settings.model.max_tokens,
+        section.batch_size * section.ranks,
+        section.epochs,
+        section.max_steps,
+        settings.seed,
+    )
+    np.savez(staged / "rows.npz", sequences=rows.values, offsets=rows.offsets)
+    if validation is not None:
+        validation.save(staged / "validation")
+    _adopt(staged, folder, staged / "init", settings, section)
 
 
 def prepare_dpo(pairs: pa.Table, work: Path, settings: Settings) -> None:
@@ -106,8 +171,11 @@ def prepare_dpo(pairs: pa.Table, work: Path, settings: Settings) -> None:
     end_ranks(folder)
     staged = _fresh(folder / "prepared")
     _, tokenizer = models.load(start)
-    lengths = _write_examples(staged / "train.parquet", _dpo_rows(pairs, tokenizer, settings))
-    _adopt(staged, folder, start, lengths, settings, settings.dpo)
+    lengths = _write_parts(staged / "train.parquet", _dpo_parts(pairs, tokenizer, settings))
+    section = settings.dpo
+    batch, steps = section.batch_size * section.ranks, training_steps(len(lengths), section)
+    np.save(staged / "order.npy", training_order(lengths, batch, steps, settings.seed))
+    _adopt(staged, folder, start, settings, section)
 
 
 def _start(
@@ -132,36 +200,52 @@ def _start(
     return model, base
 
 
-def _sft_rows(
+def _by_request(examples: pa.Table) -> pa.Table:
+    """The examples in an order in which those of a request are neighbours; `group` numbers them."""
+    request = examples["request_id"].combine_chunks().dictionary_encode()
+    alone = np.arange(len(examples)) + len(request.dictionary)
+    group = np.where(
+        pc.is_null(request.indices), alone, pc.fill_null(request.indices, -1).to_numpy()
+    )
+    ordered = examples.append_column("group", pa.array(group))
+    return ordered.take(pa.array(np.argsort(group, kind="stable")))
+
+
+def _sft_parts(
     examples: pa.Table, tokenizer: PreTrainedTokenizerBase, settings: Settings
-) -> Iterator[dict[str, list[list[int]]]]:
-    """Chunks of `input_ids` and `labels`, which are -100 where there is no loss: on the prompt,
-    or on what of it is no Semantic ID.
-    """
-    known = models.sid_ids(tokenizer) if settings.sft.loss_on == "semantic_ids" else set()
-    for chunk in _chunks(examples, ("prompt", "response")):
-        answers = _answers(tokenizer, chunk["response"])
-        prompts = _prompts(tokenizer, chunk["prompt"], answers, settings.model.max_tokens)
-        pairs = list(zip(prompts, answers, strict=True))
-        yield {
-            "input_ids": [prompt + answer for prompt, answer in pairs],
-            "labels": [
-                [token if token in known else -100 for token in prompt] + answer
-                for prompt, answer in pairs
-            ],
-        }
+) -> Iterator[pa.Table]:
+    """Packed sequences, some thousand examples at a time; no request is parted by that."""
+    on_prompts = settings.sft.loss_on == "semantic_ids"
+    known = np.array(sorted(models.sid_ids(tokenizer)) if on_prompts else [], np.int64)
+    weights = examples["weight"].to_numpy().astype(np.float32)
+    if not weights.sum() > 0:
+        raise TrainingError("no example has a weight above 0: check the weights of the tasks")
+    weights /= weights.mean()
+    groups, limit = examples["group"].to_numpy(), settings.model.max_tokens
+    opens = np.flatnonzero(np.diff(groups, prepend=-1))
+    starts = opens[np.searchsorted(opens, np.arange(0, len(groups), CHUNK_ROWS), "right") - 1]
+    for start, stop in pairwise([*np.unique(starts), len(groups)]):
+        part = examples.slice(start, stop - start)
+        answers = _answers(tokenizer, part["response"].to_pylist())
+        prompts = Ragged.of(_prompts(tokenizer, part["prompt"].to_pylist(), answers, limit))
+        learnt = np.isin(prompts.values, known)
+        chosen = slice(start, stop)
+        yield sequences(
+            prompts, learnt, Ragged.of(answers), weights[chosen], groups[chosen], limit
+        )
 
 
-def _dpo_rows(
+def _dpo_parts(
     pairs: pa.Table, tokenizer: PreTrainedTokenizerBase, settings: Settings
-) -> Iterator[dict[str, list[list[int]]]]:
-    """Chunks of `prompt_ids`, `chosen_ids` and `rejected_ids`."""
+) -> Iterator[pa.Table]:
+    """Parts with `prompt_ids`, `chosen_ids` and `rejected_ids`, lists of int32."""
     for chunk in _chunks(pairs, ("prompt", "chosen", "rejected")):
         chosen = _answers(tokenizer, chunk["chosen"])
         rejected = _answers(tokenizer, chunk["rejected"])
         longer = [max(both, key=len) for both in zip(chosen, rejected, strict=True)]
         prompts = _prompts(tokenizer, chunk["prompt"], longer, settings.model.max_tokens)
-        yield {"prompt_ids": prompts, "chosen_ids": chosen, "rejected_ids": rejected}
+        columns = {"prompt_ids": prompts, "chosen_ids": chosen, "rejected_ids": rejected}
+        yield pa.table({name: pa.array(ids, pa.list_(pa.int32())) for name, ids in columns.items()})
 
 
 def _chunks(table: pa.Table, names: Sequence[str]) -> Iterator[dict[str, list[str]]]:
@@ -192,21 +276,52 @@ def _prompts(
     return [ids[-(limit - len(answer)) :] for ids, answer in zip(encoded, answers, strict=True)]
 
 
-def _write_examples(path: Path, chunks: Iterator[dict[str, list[list[int]]]]) -> np.ndarray:
-    """Write token ids as lists of int32; return the tokens of each example, int64 [examples]."""
+def _write_parts(path: Path, parts: Iterator[pa.Table]) -> np.ndarray:
+    """Write token ids; return the tokens of each row, int64 [rows]."""
     writer: pq.ParquetWriter | None = None
     lengths = []
-    for chunk in chunks:
-        columns = {name: pa.array(rows, pa.list_(pa.int32())) for name, rows in chunk.items()}
-        table = pa.table(columns)
+    for table in parts:
         writer = writer or pq.ParquetWriter(path, table.schema)
         writer.write_table(table)
-        counted = [name for name in columns if name != "labels"]
-        lengths.append(sum(columns[name].value_lengths().to_numpy() for name in counted))
+        counted = [name for name in table.column_names if name == "tokens" or name.endswith("_ids")]
+        lengths.append(sum(pc.list_value_length(table[name]).to_numpy() for name in counted))
     if writer is None:
         raise TrainingError("no examples to train on")
     writer.close()
     return np.concatenate(lengths).astype(np.int64)
+
+
+def training_rows(
+    lengths: np.ndarray, capacity: int, batch: int, epochs: float, max_steps: int, seed: int
+) -> Ragged:
+    """Which sequences each row holds, in the order of the steps, by the seed alone.
+
+    One random permutation of the sequences after the other. Rows are filled from some steps' worth
+    of sequences at a time and shuffled among these, so that they are nearly full.
+
+    Args:
+        lengths: tokens of each sequence, int [sequences].
+        capacity: tokens of a row.
+        batch: rows a step, all ranks together.
+        epochs: how often each sequence is taken, if `max_steps` is 0.
+        max_steps: optimizer steps, as many epochs as they take.
+        seed: of the random choices.
+
+    Returns:
+        Sequence numbers, one list a row; rows a multiple of `batch`, at least one step.
+    """
+    rng = np.random.default_rng(seed)
+    window = max(1, round(batch * BUCKET_STEPS * capacity / max(lengths.mean(), 1)))
+    rows: list[list[int]] = []
+    left = round(epochs * len(lengths))
+    while len(rows) < max_steps * batch or (not max_steps and left > 0) or len(rows) < batch:
+        taken = rng.permutation(len(lengths))[: None if max_steps else max(left, 1)]
+        left -= len(taken)
+        for part in np.split(taken, np.arange(window, len(taken), window)):
+            filled = fill_rows(lengths[part], capacity)
+            rows += [part[filled[row]].tolist() for row in rng.permutation(len(filled))]
+    steps = max_steps or max(1, len(rows) // batch)
+    return Ragged.of(rows[: steps * batch])
 
 
 def training_order(lengths: np.ndarray, batch: int, steps: int, seed: int) -> np.ndarray:
@@ -239,20 +354,12 @@ def training_steps(examples: int, section: TrainingSettings) -> int:
 
 
 def _adopt(
-    staged: Path,
-    folder: Path,
-    init: Path,
-    lengths: np.ndarray,
-    settings: Settings,
-    section: TrainingSettings,
+    staged: Path, folder: Path, init: Path, settings: Settings, section: TrainingSettings
 ) -> None:
     """Move what was prepared into the stage's folder, unless the folder holds the same already."""
-    steps = training_steps(len(lengths), section)
-    order = training_order(lengths, section.batch_size * section.ranks, steps, settings.seed)
-    np.save(staged / "order.npy", order)
+    own = sorted(path for path in staged.rglob("*") if path.is_file() and init not in path.parents)
     fingerprint = {
-        "examples": _sha256(staged / "train.parquet"),
-        "order": _sha256(staged / "order.npy"),
+        "prepared": {str(path.relative_to(staged)): _sha256(path) for path in own},
         "init": {path.name: _sha256(path) for path in sorted(init.iterdir())},
         "settings": section.model_dump(exclude={"hostfile", "checkpoint_steps"}),
         "deepspeed": _sha256(deepspeed_config(section)),
@@ -271,9 +378,9 @@ def _adopt(
 def _clear(folder: Path) -> None:
     """Remove what this module writes; the fingerprint first, for it vouches for the rest."""
     (folder / "fingerprint.json").unlink(missing_ok=True)
-    for name in ("train.parquet", "order.npy", "run.json", "loss.json"):
+    for name in ("train.parquet", "order.npy", "rows.npz", "run.json", *RESULTS):
         (folder / name).unlink(missing_ok=True)
-    for name in ("model", "checkpoints", "init"):
+    for name in ("model", "best", "checkpoints", "init", "validation"):
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
@@ -327,6 +434,8 @@ def _run(
         "resume": str(checkpoint) if checkpoint else None,
         "seed": settings.seed,
         "section": section.model_dump(),
+        "decoding": settings.decoding.model_dump(),
+        "max_tokens": settings.model.max_tokens,
         "launcher": None if section.hostfile else _identity(psutil.Process()),
     }
 

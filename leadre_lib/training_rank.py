@@ -1,7 +1,8 @@
 """One rank of a training: TRL's trainers under DeepSpeed, on what `training` prepared.
 
 Differences from TRL as it comes: examples arrive as token ids in the order in which steps take
-them; on a CPU only the positions that the loss needs are projected onto the vocabulary; a
+them, those of SFT packed, with a weight each; only the positions that the loss needs are projected
+onto the vocabulary; validation is constrained decoding, and the best weights are the result; a
 checkpoint is sealed with the checksums of its files once every rank has written; the final weights
 are the optimizer's float32 ones. Knows nothing of how ranks are started or resumed.
 """
@@ -11,11 +12,15 @@ from __future__ import annotations
 import json
 import logging
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, disable_progress_bars
 from deepspeed.utils import safe_get_full_fp32_param
@@ -24,13 +29,23 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from leadre_lib import model as models
+from leadre_lib.decoding import BeamDecoder
 from leadre_lib.facts import write_json
-from leadre_lib.settings import DpoSettings, TrainingSettings
-from leadre_lib.training import deepspeed_config, is_alive, read_json, seal_checkpoint
+from leadre_lib.generation import decode_distinct
+from leadre_lib.packing import COLUMNS, NO_LABEL, PADDING, SHARED, Ragged, attention_mask
+from leadre_lib.settings import DecodingSettings, DpoSettings, SftSettings, TrainingSettings
+from leadre_lib.training import (
+    Validation,
+    deepspeed_config,
+    is_alive,
+    read_json,
+    seal_checkpoint,
+)
 
 log = logging.getLogger(__name__)
 
 PROGRESS_LINES = 20
+TOP = 10  # of the lists that are validated
 disable_progress_bars()
 
 
@@ -42,11 +57,14 @@ def train(folder: Path) -> None:
     weights = _float32_weights(trainer)  # every rank takes part
     if trainer.is_world_process_zero():
         losses = [entry for entry in trainer.state.log_history if "loss" in entry]
-        curve = [{"step": entry["step"], "loss": entry["loss"]} for entry in losses]
+        kept = ("step", "loss", "num_tokens", "num_targets")
+        curve = [{name: entry[name] for name in kept if name in entry} for entry in losses]
         write_json(folder / "loss.json", curve)
-        # Into a fresh copy, for the trainers have patched theirs.
-        model, tokenizer = models.load(Path(run["init"]))
-        model.load_state_dict(weights, strict=False)
+        best = folder / "best"
+        model, tokenizer = models.load(best if best.exists() else Path(run["init"]))
+        if not best.exists():
+            # Into a fresh copy, for the trainers have patched theirs.
+            model.load_state_dict(weights, strict=False)
         models.save(model, tokenizer, folder / "model")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -56,7 +74,6 @@ def _trainer(folder: Path, run: dict[str, Any]) -> Trainer:
     model, tokenizer = models.load(Path(run["init"]))
     parts: dict[str, Any] = {
         "model": model,
-        "train_dataset": _examples(folder),
         "processing_class": tokenizer,
         "callbacks": [_Progress(run["stage"]), _Seal(), _Orphan(run["launcher"])],
     }
@@ -65,30 +82,46 @@ def _trainer(folder: Path, run: dict[str, Any]) -> Trainer:
     else:
         trainer = _dpo_trainer(folder, run, parts)
     trainer.remove_callback(PrinterCallback)
-    if trainer.args.use_cpu:
-        _score_labels_only(model)
+    _score_labels_only(model)
     return trainer
 
 
 def _sft_trainer(folder: Path, run: dict[str, Any], parts: dict[str, Any]) -> Trainer:
-    section = TrainingSettings.model_validate(run["section"])
-    args = SFTConfig(**_arguments(folder, section, run["seed"]), max_length=None)
-    return SFTTrainer(args=args, **parts)
+    section = SftSettings.model_validate(run["section"])
+    rows = Rows.open(folder)
+    args = SFTConfig(
+        **_arguments(folder, section, run["seed"], len(rows)),
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+    )
+    # TRL takes tables only: this one has the rows' numbers, and the collator puts rows together.
+    numbers = Dataset.from_dict({"row": np.arange(len(rows))})
+    padding = parts["model"].config.pad_token_id or 0
+    trainer = PackedTrainer(
+        args=args,
+        train_dataset=numbers,
+        data_collator=lambda batch: collate([rows[item["row"]] for item in batch], padding),
+        **parts,
+    )
+    if (folder / "validation").exists():
+        trainer.add_callback(_Validator(trainer, folder, run))
+    return trainer
 
 
 def _dpo_trainer(folder: Path, run: dict[str, Any], parts: dict[str, Any]) -> Trainer:
     section = DpoSettings.model_validate(run["section"])
+    dataset = _examples(folder)
     args = DPOConfig(
-        **_arguments(folder, section, run["seed"]),
+        **_arguments(folder, section, run["seed"], len(dataset)),
         max_length=None,
         beta=section.beta,
         loss_type=["sigmoid", "sft"],
         loss_weights=[1.0, section.sft_weight],
     )
     reference, _ = models.load(Path(run["init"]))
-    trainer = _PreferenceTrainer(args=args, ref_model=reference, **parts)
-    if args.use_cpu:
-        _score_labels_only(reference)  # DeepSpeed has wrapped it, and calls it
+    trainer = _PreferenceTrainer(args=args, ref_model=reference, train_dataset=dataset, **parts)
+    _score_labels_only(reference)  # DeepSpeed has wrapped it, and calls it
     return trainer
 
 
@@ -100,11 +133,12 @@ def _examples(folder: Path) -> Dataset:
     return dataset.select(np.load(folder / "order.npy", allow_pickle=False), keep_in_memory=True)
 
 
-def _arguments(folder: Path, section: TrainingSettings, seed: int) -> dict[str, Any]:
+def _arguments(
+    folder: Path, section: TrainingSettings, seed: int, examples: int
+) -> dict[str, Any]:
     """What both trainers are told."""
     config = deepspeed_config(section)
     bf16 = json.loads(config.read_bytes()).get("bf16", {}).get("enabled") is True
-    examples = len(np.load(folder / "order.npy", allow_pickle=False))
     steps = examples // (section.batch_size * section.ranks)
     return {
         "output_dir": str(folder / "checkpoints"),
@@ -132,6 +166,91 @@ def _arguments(folder: Path, section: TrainingSettings, seed: int) -> dict[str, 
     }
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Packed rows in the order of the steps, put together when they are asked for."""
+
+    parts: pa.Table  # see `packing.sequences`
+    rows: Ragged
+
+    @classmethod
+    def open(cls, folder: Path) -> Rows:
+        """What `prepare_sft` wrote; the file is mapped, not read."""
+        with np.load(folder / "rows.npz", allow_pickle=False) as arrays:
+            rows = Ragged(arrays["sequences"], arrays["offsets"])
+        return cls(pq.read_table(folder / "train.parquet", memory_map=True).combine_chunks(), rows)
+
+    def __len__(self) -> int:
+        return len(self.rows.lengths)
+
+    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+        """Tokens, positions, branches, labels, weights and `documents`, each [tokens of the row]."""
+        chosen = self.rows.values[self.rows.offsets[row] : self.rows.offsets[row + 1]]
+        taken = self.parts.take(pa.array(chosen))
+        found = {name: taken[name].combine_chunks().flatten().to_numpy() for name in COLUMNS}
+        lengths = pc.list_value_length(taken["tokens"]).to_numpy()
+        return {**found, "documents": np.repeat(np.arange(len(chosen)), lengths)}
+
+
+def collate(rows: list[dict[str, np.ndarray]], padding: int) -> dict[str, torch.Tensor]:
+    """A batch of rows [rows, tokens of the longest], padded at their ends by the token `padding`."""
+    fill = {"tokens": padding, "labels": NO_LABEL, "documents": PADDING}
+    longest = max(len(row["tokens"]) for row in rows)
+    batch = {}
+    for name, first in rows[0].items():
+        kind = first.dtype if name == "weights" else np.int64
+        padded = np.full((len(rows), longest), fill.get(name, 0), kind)
+        for place, row in enumerate(rows):
+            padded[place, : len(row[name])] = row[name]
+        batch[name] = torch.from_numpy(padded)
+    return batch
+
+
+class PackedTrainer(SFTTrainer):
+    """SFT on packed rows: the loss is the mean over the step's labels, each with its weight."""
+
+    tokens = targets = 0  # of all ranks, so far
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """See `Trainer.compute_loss`; `num_items_in_batch` counts the labels of all ranks."""
+        documents, branches = inputs["documents"], inputs["branches"]
+        outputs = model(
+            input_ids=inputs["tokens"],
+            position_ids=inputs["positions"],
+            attention_mask=attention_mask(documents, branches),
+            labels=inputs["labels"],
+            fused_lm_head=True,
+            use_cache=False,
+        )
+        weighted = outputs.log_probs * inputs["weights"][:, 1:]
+        labels = outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch
+        # Ranks' gradients are averaged, and each has only its part of the sum.
+        loss = -weighted.sum() / torch.as_tensor(labels).clamp(min=1)
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        opens = torch.ones_like(branches, dtype=torch.bool)
+        opens[:, 1:] = documents[:, 1:] != documents[:, :-1]
+        opens[:, 1:] |= branches[:, 1:] != branches[:, :-1]
+        real = documents != PADDING
+        counts = torch.stack([real.sum(), (opens & real & (branches != SHARED)).sum()])
+        tokens, targets = self.accelerator.gather(counts[None]).sum(0).tolist()
+        self.tokens += tokens
+        self.targets += targets
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds how many tokens and targets there were so far."""
+        Trainer.log(
+            self, {**logs, "num_tokens": self.tokens, "num_targets": self.targets}, *args, **kwargs
+        )
+
+
 class _PreferenceTrainer(DPOTrainer):
     """DPO on examples that are token ids already."""
 
@@ -142,8 +261,8 @@ class _PreferenceTrainer(DPOTrainer):
 def _score_labels_only(model: PreTrainedModel) -> None:
     """Project only the positions whose next token has a label onto the vocabulary.
 
-    TRL's fused head does so by a Triton kernel, and on a CPU projects every position: at a small
-    model's size that is most of the work, for a response of five tokens after a long prompt. The
+    TRL's fused head projects every position (on a GPU by a Triton kernel, chunk by chunk): at a
+    small model's size most of the work, for a response of five tokens after a long prompt. The
     contract is that of `trl.trainer.utils.add_fused_lm_head`.
     """
     plain = model.forward
@@ -196,30 +315,107 @@ class _Progress(TrainerCallback):
 
     def __init__(self, stage: str) -> None:
         self.stage = stage
-        self.start: tuple[float, int, float] | None = None
+        self.start: tuple[float, int, int, int] | None = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Called after every step, for every step is logged."""
         if not state.is_world_process_zero or not logs or "loss" not in logs:
             return
-        now, step, tokens = time.monotonic(), state.global_step, logs.get("num_tokens", 0)
+        now, step = time.monotonic(), state.global_step
+        tokens, targets = logs.get("num_tokens", 0), logs.get("num_targets", 0)
         if self.start is None:  # the first step pays for warming up
-            self.start = (now, step, tokens)
-            rate = left = 0.0
-        else:
-            since, first, before = self.start
-            rate = (tokens - before) / (now - since)
-            left = (state.max_steps - step) * (now - since) / (step - first)
-        if step % max(1, state.max_steps // PROGRESS_LINES) == 0 or step == state.max_steps:
-            log.info(
-                "%s step %d of %d, loss %.4f, %.0f tokens/s, %.0f s left",
-                self.stage,
-                step,
-                state.max_steps,
-                logs["loss"],
-                rate,
-                left,
-            )
+            self.start = (now, step, tokens, targets)
+            return
+        since, first, tokens_before, targets_before = self.start
+        if step % max(1, state.max_steps // PROGRESS_LINES) and step != state.max_steps:
+            return
+        # Validation in between is part of the time, as it is of the wait.
+        log.info(
+            "%s step %d of %d, loss %.4f, %.0f tokens/s, %.1f targets/s, %.0f s left",
+            self.stage,
+            step,
+            state.max_steps,
+            logs["loss"],
+            (tokens - tokens_before) / (now - since),
+            (targets - targets_before) / (now - since),
+            (state.max_steps - step) * (now - since) / (step - first),
+        )
+
+
+class _Validator(TrainerCallback):
+    """Decodes the validation cases some times, keeps the best weights, stops when none follow.
+
+    Each rank decodes a share of the cases with a copy of the weights. The best weights lie in
+    `best/`, the curve in `validation.json`; both are reproduced by a resumed training.
+    """
+
+    def __init__(self, trainer: Trainer, folder: Path, run: dict[str, Any]) -> None:
+        self.trainer, self.folder, self.init = trainer, folder, Path(run["init"])
+        self.section = SftSettings.model_validate(run["section"])
+        self.decoding = DecodingSettings.model_validate(run["decoding"])
+        self.max_tokens = int(run["max_tokens"])
+        self.cases = Validation.load(folder / "validation")
+        self.curve: list[dict[str, float]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Takes up the curve of an earlier attempt as far as the checkpoint goes."""
+        known = read_json(self.folder / "validation.json") or []
+        self.curve = [entry for entry in known if entry["step"] <= state.global_step]
+        torch.distributed.barrier()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Called on every rank after every optimizer step."""
+        every = max(1, state.max_steps // self.section.validations)
+        if state.global_step % every and state.global_step != state.max_steps:
+            return
+        weights = _float32_weights(self.trainer)
+        entry = {"step": state.global_step, **self._measure(weights)}
+        better = all(_merit(entry) > _merit(before) for before in self.curve)
+        self.curve.append(entry)
+        if state.is_world_process_zero:
+            log.info("validation at step %d: HR@10 %.4f", state.global_step, entry["HR@10"])
+            if better:
+                model, tokenizer = models.load(self.init)
+                model.load_state_dict(weights, strict=False)
+                models.save(model, tokenizer, self.folder / "best")
+            write_json(self.folder / "validation.json", self.curve)
+        best = max(range(len(self.curve)), key=lambda n: _merit(self.curve[n]))
+        if len(self.curve) - 1 - best >= self.section.patience:
+            control.should_training_stop = True
+
+    def _measure(self, weights: dict[str, torch.Tensor]) -> dict[str, float]:
+        """HR@10 and NDCG@10 over the cases of all ranks."""
+        model, tokenizer = models.load(self.init)
+        model.load_state_dict(weights, strict=False)
+        rank, ranks = self.trainer.args.process_index, self.trainer.args.world_size
+        own = range(rank, len(self.cases.prompts), ranks)
+        decoder = BeamDecoder(
+            model,
+            tokenizer,
+            self.cases.index,
+            models.sid_token_ids(tokenizer, self.cases.index.sizes),
+            self.decoding,
+            self.max_tokens,
+            self.trainer.args.device,
+        )
+        unwanted = self.cases.unwanted
+        found, _ = decode_distinct(
+            decoder,
+            [self.cases.prompts[n] for n in own],
+            TOP,
+            None if unwanted is None else [unwanted[n] for n in own],
+        )
+        hit = found == self.cases.target[rank::ranks, None]
+        gain = (hit / np.log2(np.arange(TOP) + 2)).sum()
+        sums = torch.tensor([hit.sum(), gain], dtype=torch.float64, device=self.trainer.args.device)
+        torch.distributed.all_reduce(sums)
+        hits, gains = (sums / len(self.cases.prompts)).tolist()
+        return {"HR@10": hits, "NDCG@10": gains}
+
+
+def _merit(entry: dict[str, float]) -> tuple[float, float]:
+    """What the best weights have most of; NDCG@10 decides between equal hit rates."""
+    return entry["HR@10"], entry["NDCG@10"]
 
 
 class _Seal(TrainerCallback):

@@ -19,9 +19,19 @@ import pytest
 from safetensors.numpy import load_file
 
 from leadre_lib import training
+from leadre_lib.constraint_index import ConstraintIndex
 from leadre_lib.errors import LeadreError
 from leadre_lib.model import load, sid_tokens
-from leadre_lib.settings import REPOSITORY, DpoSettings, ModelSettings, Settings, TrainingSettings
+from leadre_lib.packing import NO_LABEL
+from leadre_lib.settings import (
+    REPOSITORY,
+    DecodingSettings,
+    DpoSettings,
+    ModelSettings,
+    Settings,
+    SftSettings,
+    TrainingSettings,
+)
 
 SIZES = (4, 4, 2)
 EXAMPLES = 60
@@ -33,22 +43,45 @@ def settings() -> Settings:
         model=ModelSettings(
             hidden_size=32, intermediate_size=64, layers=2, vocabulary=300, max_tokens=48
         ),
-        sft=TrainingSettings(max_steps=8, batch_size=4, checkpoint_steps=2, learning_rate=0.01),
+        sft=SftSettings(
+            max_steps=8, batch_size=2, checkpoint_steps=2, learning_rate=0.02, validations=4
+        ),
         dpo=DpoSettings(max_steps=3, batch_size=4, checkpoint_steps=2),
+        decoding=DecodingSettings(beam=16),
     )
 
 
 @pytest.fixture(scope="module")
 def examples() -> pa.Table:
-    """A user's prompt names the codes of the ad that they want."""
+    """A user's prompt names the codes of the ad that they want; each request has two of them."""
     codes = np.random.default_rng(0).integers(0, SIZES, (EXAMPLES, 3))
-    prompts = [f"user{'*' * (i % 9)} likes {a} and {b}" for i, (a, b, _) in enumerate(codes)]
+    codes[1::2, :2] = codes[::2, :2]
+    return examples_of(codes, [f"request-{n // 2}" for n in range(EXAMPLES)])
+
+
+def examples_of(codes: np.ndarray, requests: list[str | None]) -> pa.Table:
+    prompts = [f"user{'*' * (a + b)} likes {a} and {b}" for a, b, _ in codes]
     responses = [f"<a_{a}><b_{b}><c_{c}>" for a, b, c in codes]
-    return pa.table({"prompt": prompts, "response": responses})
+    return pa.table(
+        {
+            "prompt": prompts,
+            "response": responses,
+            "weight": np.ones(len(codes)),
+            "request_id": pa.array(requests, pa.string()),
+        }
+    )
+
+
+def cases() -> training.Validation:
+    """Every user's prompt, with one of the ads that the user wants."""
+    objects = np.array([(a, b, c) for a in range(4) for b in range(4) for c in range(2)], np.int32)
+    prompts = examples_of(objects, [None] * len(objects))["prompt"].to_pylist()
+    index = ConstraintIndex.build(objects, SIZES)
+    return training.Validation(prompts, np.arange(len(objects)), None, index)
 
 
 def prepare(examples: pa.Table, work: Path, settings: Settings) -> None:
-    training.prepare_sft(examples, work, None, settings, sid_tokens(SIZES))
+    training.prepare_sft(examples, work, None, settings, sid_tokens(SIZES), None, cases())
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +106,14 @@ def assert_same(work: Path, other: Path) -> None:
     assert ours.keys() == theirs.keys()
     for name, weight in ours.items():
         np.testing.assert_array_equal(weight, theirs[name], err_msg=name)
-    curves = [json.loads((path / "sft" / "loss.json").read_text()) for path in (work, other)]
-    assert curves[0] == curves[1]
+    for name in ("loss.json", "validation.json"):
+        curves = [json.loads((path / "sft" / name).read_text()) for path in (work, other)]
+        assert curves[0] == curves[1]
 
 
 def test_sft_learns_and_leaves_a_model(trained: Path, settings: Settings) -> None:
     curve = json.loads((trained / "sft" / "loss.json").read_text())
-    assert [entry["step"] for entry in curve] == list(range(1, 9))
+    assert [entry["step"] for entry in curve] == list(range(1, len(curve) + 1))
     assert curve[-1]["loss"] < 0.8 * curve[0]["loss"]
     model, tokenizer = load(trained / "sft" / "model")
     assert model.config.vocab_size == len(tokenizer)
@@ -233,6 +267,21 @@ def test_order_takes_every_example_as_often_and_pads_little() -> None:
     assert len(set(np.argsort(steps.max(axis=1))[:3]) & {0, 1, 2}) < 3
 
 
+def test_rows_take_every_sequence_as_often_and_are_nearly_full() -> None:
+    lengths = np.random.default_rng(0).integers(10, 300, 900)
+    rows = training.training_rows(lengths, 384, batch=1, epochs=2.5, max_steps=0, seed=1)
+    taken = np.bincount(rows.values, minlength=900)
+    assert set(taken) == {2, 3}
+    assert taken.sum() == 2250
+    assert lengths[rows.values].sum() > 0.93 * 384 * len(rows.lengths)
+    again = training.training_rows(lengths, 384, batch=1, epochs=2.5, max_steps=0, seed=1)
+    assert np.array_equal(rows.values, again.values)
+    other = training.training_rows(lengths, 384, batch=1, epochs=2.5, max_steps=0, seed=2)
+    assert not np.array_equal(rows.values, other.values)
+    steps = training.training_rows(lengths, 384, batch=16, epochs=1, max_steps=70, seed=1)
+    assert len(steps.lengths) == 70 * 16
+
+
 def test_steps_follow_the_epochs_unless_given() -> None:
     section = TrainingSettings(ranks=2, batch_size=8, epochs=1.5)
     assert training.training_steps(320, section) == 30
@@ -243,15 +292,17 @@ def test_steps_follow_the_epochs_unless_given() -> None:
 def test_prompts_are_cut_on_the_left_and_answers_never(
     examples: pa.Table, settings: Settings, tmp_path: Path
 ) -> None:
-    long = pa.table({"prompt": ["word " * 400 + "the end"], "response": ["<a_1><b_2><c_0>"]})
-    prepare(pa.concat_tables([examples, long]), tmp_path, settings)
-    row = pq.read_table(tmp_path / "sft" / "train.parquet").slice(EXAMPLES).to_pylist()[0]
+    long = examples.slice(0, 1).to_pylist()[0] | {"prompt": "word " * 400 + "the end"}
+    long |= {"response": "<a_1><b_2><c_0>", "request_id": None}
+    longer = pa.concat_tables([examples, pa.Table.from_pylist([long], examples.schema)])
+    prepare(longer, tmp_path, settings)
+    row = pq.read_table(tmp_path / "sft" / "train.parquet").to_pylist()[-1]
     _, tokenizer = load(tmp_path / "sft" / "init")
-    assert len(row["input_ids"]) == 48
-    assert tokenizer.decode(row["input_ids"]).endswith("the end<a_1><b_2><c_0><|endoftext|>")
-    kept = [token for token in row["labels"] if token != -100]
+    assert len(row["tokens"]) == 48
+    assert tokenizer.decode(row["tokens"]).endswith("the end<a_1><b_2><c_0><|endoftext|>")
+    kept = [token for token in row["labels"] if token != NO_LABEL]
     assert tokenizer.decode(kept) == "<a_1><b_2><c_0><|endoftext|>"
-    endless = pa.table({"prompt": ["x"], "response": ["word " * 400]})
+    endless = pa.Table.from_pylist([long | {"response": "word " * 400}], examples.schema)
     with pytest.raises(LeadreError, match="no room"):
         prepare(endless, tmp_path, settings)
 
