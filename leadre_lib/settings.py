@@ -77,6 +77,16 @@ class InterestSettings(Section):
     max_behaviours: PositiveInt = 200
 
 
+class RelationSettings(Section):
+    """Which objects lead to which (see `relations`)."""
+
+    per_object: PositiveInt = Field(30, description="the strongest relations that are kept")
+    decay: float = Field(0.5, gt=0, lt=1, description="of a step further back in a history")
+    steps: PositiveInt = Field(10, description="of a history that count, and between two objects")
+    folds: int = Field(4, ge=2, description="of users, whose own histories do not count for them")
+    fitted_steps: PositiveInt = Field(2000, description="on which the factors are fitted")
+
+
 class ExampleSettings(Section):
     """How many training and evaluation examples are drawn."""
 
@@ -293,6 +303,7 @@ class Settings(BaseSettings):
     movielens: MovieLensSettings = MovieLensSettings()
     quality: QualitySettings = QualitySettings()
     interests: InterestSettings = InterestSettings()
+    relations: RelationSettings = RelationSettings()
     examples: ExampleSettings = ExampleSettings()
     embedding: EmbeddingSettings = EmbeddingSettings()
     semantic_ids: SemanticIdSettings = SemanticIdSettings()
