@@ -77,6 +77,21 @@ class InterestSettings(Section):
     max_behaviours: PositiveInt = 200
 
 
+class PromptSettings(Section):
+    """The intent-aware prompt (paper, section 3.1): its words, and which of its parts it has."""
+
+    language: str = Field(
+        "en", pattern=r"^[A-Za-z-]+$", description="names a template in conf/prompts"
+    )
+    profile: bool = True
+    long_term: bool = True
+    short_term: bool = True
+    content: bool = Field(True, description="content beside ads, in both interests")
+    scene_fraction: Fraction = Field(
+        0.5, ge=0, le=1, description="of the training targets with a known scene, that name it"
+    )
+
+
 class ExampleSettings(Section):
     """How many training and evaluation examples are drawn."""
 
@@ -283,6 +298,7 @@ class Settings(BaseSettings):
     movielens: MovieLensSettings = MovieLensSettings()
     quality: QualitySettings = QualitySettings()
     interests: InterestSettings = InterestSettings()
+    prompt: PromptSettings = PromptSettings()
     examples: ExampleSettings = ExampleSettings()
     embedding: EmbeddingSettings = EmbeddingSettings()
     semantic_ids: SemanticIdSettings = SemanticIdSettings()

@@ -42,6 +42,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from leadre_lib import model as models
+from leadre_lib.budget import fit
 from leadre_lib.errors import LeadreError
 from leadre_lib.facts import write_json
 from leadre_lib.settings import REPOSITORY, Settings, TrainingSettings
@@ -180,16 +181,15 @@ def _answers(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[
 def _prompts(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], answers: list[list[int]], limit: int
 ) -> list[list[int]]:
-    """Token ids of prompts, cut on the left so that the answer fits within `limit` tokens too."""
+    """Token ids of prompts, shortened so that the answer fits within `limit` tokens too."""
     longest = max(map(len, answers))
     if longest >= limit:
         raise TrainingError(
             f"a response of {longest} tokens leaves no room for a prompt: raise model.max_tokens"
             f" (now {limit})"
         )
-    # As the decoder reads prompts: with the special tokens that the tokenizer puts in front.
-    encoded = tokenizer(texts, add_special_tokens=True)["input_ids"]
-    return [ids[-(limit - len(answer)) :] for ids, answer in zip(encoded, answers, strict=True)]
+    # As the decoder reads prompts.
+    return fit(texts, tokenizer, [limit - len(answer) for answer in answers])
 
 
 def _write_examples(path: Path, chunks: Iterator[dict[str, list[list[int]]]]) -> np.ndarray:
