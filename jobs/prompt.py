@@ -20,6 +20,7 @@ from rich.table import Column as TableColumn
 from rich.table import Table
 
 from jobs.command import main, parser
+from leadre_lib import budget
 from leadre_lib.errors import LeadreError
 from leadre_lib.interests import INTEREST_EVENTS, interests
 from leadre_lib.lake import Lake
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     assert prompt is not None, f"not the form of a template: {text!r}"
     console = Console()
     console.print(f"[bold]Prompt[/] of {args.user_id} at {at:{FORM}} UTC\n", highlight=False)
-    console.print(text, markup=False, highlight=False)
+    console.print(text, markup=False, highlight=False, soft_wrap=True)  # as it is, to be copied
     codes = lake.read("ad_semantic_ids", days[-1], ["codes"])["codes"]
     measure(console, prompt, text, settings.model.max_tokens - len(codes[0]), settings)
 
@@ -134,8 +135,7 @@ def measure(console: Console, prompt: Prompt, text: str, limit: int, settings: S
         _print_sizes(console, "characters", Counter(_part_of(prompt)))
         console.print(f"The limit is {limit} tokens.")
         return
-    from leadre_lib import budget  # ten seconds of imports that an error does without
-    from leadre_lib.model import load_tokenizer
+    from leadre_lib.model import load_tokenizer  # seconds of imports that an error does without
 
     tokenizer = load_tokenizer(release.model)
     console.print(f"\nTokens of release {release.id}", highlight=False)
@@ -148,7 +148,9 @@ def measure(console: Console, prompt: Prompt, text: str, limit: int, settings: S
     fitted = budget.measure([text], tokenizer, limit)
     dropped = prompt.behaviours[: int(fitted.behaviours[0])]
     told = prompt.template.short_term.joiner.join(dropped) or "nothing"
-    console.print(f"The limit is {limit} tokens; dropped over it: {told}", markup=False)
+    console.print(
+        f"The limit is {limit} tokens; dropped over it: {told}", markup=False, soft_wrap=True
+    )
     if fitted.tokens[0]:
         console.print(f"That is not enough: {fitted.tokens[0]} tokens are cut on the left.")
 

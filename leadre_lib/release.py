@@ -158,8 +158,9 @@ class Releases:
                     shutil.copy2(source, target)
             files = _listing(staged)
             # Not the version of the code: the same content is the same release.
-            codebook = manifest.get("versions", {}).get("codebook")
-            content = json.dumps([files, codebook], sort_keys=True)
+            versions = manifest.get("versions", {})
+            words = [versions.get("codebook"), versions.get("template")]
+            content = json.dumps([files, *words], sort_keys=True)
             release_id = f"{ds}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
             whole = {"format": FORMAT, "id": release_id, "ds": str(ds), "files": files, **manifest}
             write_json(staged / MANIFEST, whole)

@@ -14,6 +14,7 @@ from pyspark.sql import functions as F
 
 from leadre_lib.alignment import (
     eval_examples,
+    next_ad_requests,
     preference_pairs,
     sft_examples,
     synthetic_examples,
@@ -372,19 +373,16 @@ def test_what_is_left_out_leaves_the_same_examples(spark: SparkSession) -> None:
     stream = behaviours(spark, DAY0_AD_EVENTS + DAY1_AD_EVENTS, DAY0_CONTENT_EVENTS)
     arrived = behaviours(spark, DAY1_AD_EVENTS, [])
     users, ads = frame(spark, "raw_users", USERS), frame(spark, "raw_ads", ADS)
-    for least in (1, 3):
-        settings = EVENT_TIME.model_copy(update={"min_behaviours": least})
-        found = []
-        for off in ({}, {"short_term": False}, {"content": False}):
-            prompt = PromptSettings(**off)
-            options = (settings, WINDOW, 1, prompt)
-            made = sft_examples(stream, users, ads, ids(spark), *options).collect()
-            cases = eval_examples(stream, arrived, users, ids(spark), DAY1, *options).collect()
-            found.append(
-                (sorted(r["example_id"] for r in made), sorted(r["case_id"] for r in cases))
-            )
-        assert found[0] == found[1] == found[2]
-        assert ("next_ad:e04" in found[0][0]) == (least == 1)  # u1 knew two items by then
+    settings = EVENT_TIME.model_copy(update={"min_behaviours": 3})
+    found = []
+    for off in ({}, {"short_term": False}, {"content": False}):
+        options = (settings, WINDOW, 1, PromptSettings(**off))
+        made = sft_examples(stream, users, ads, ids(spark), *options).collect()
+        cases = eval_examples(stream, arrived, users, ids(spark), DAY1, *options).collect()
+        found.append((sorted(r["example_id"] for r in made), sorted(r["case_id"] for r in cases)))
+    assert found[0] == found[1] == found[2]
+    assert "next_ad:e11" in found[0][0]  # u1 knew two ads and one video by then
+    assert "next_ad:e03" not in found[0][0]  # and only one of each before
 
 
 def test_a_share_of_the_targets_names_its_scene(spark: SparkSession) -> None:
@@ -406,25 +404,24 @@ def test_a_share_of_the_targets_names_its_scene(spark: SparkSession) -> None:
     users, ads = frame(spark, "raw_users", people), frame(spark, "raw_ads", ADS)
     settings = EVENT_TIME.model_copy(update={"min_behaviours": 0})
 
-    def scenes(fraction: float, seed: int = 1) -> dict[str, bool]:
-        prompt = PromptSettings(scene_fraction=fraction)
-        made = sft_examples(stream, users, ads, ids(spark), settings, WINDOW, seed, prompt)
-        rows = made.where("task IN ('next_ad', 'titles_to_sid')").collect()
-        scene = "\nScene: feed.\nWhat ad will the user be interested in next?\nAnswer: "
-        assert all(("Scene" in row["prompt"]) == row["prompt"].endswith(scene) for row in rows)
-        return {row["example_id"]: "Scene" in row["prompt"] for row in rows}
+    def told(fraction: float, seed: int = 1) -> dict[str, bool]:
+        made = next_ad_requests(stream, settings, seed, fraction).collect()
+        return {row["request_id"]: row["scene"] is not None for row in made}
 
-    half = scenes(0.5)
-    assert sum(half.values()) / (2 * n) == pytest.approx(0.5, abs=0.12)
-    assert not any(named for name, named in half.items() if ":s" in name)  # no scene is known
-    assert all(half[name] == half[name.replace("next_ad", "titles_to_sid")] for name in half)
-    assert half == scenes(0.5)
-    assert half != scenes(0.5, seed=2)
-    assert not any(scenes(0.0).values())
-    assert all(named for name, named in scenes(1.0).items() if ":t" in name)
-    cases = eval_examples(
-        stream, stream, users, ids(spark), DAY0, settings, WINDOW, 1, PromptSettings()
-    )
+    half = told(0.5)
+    assert sum(half.values()) / n == pytest.approx(0.5, abs=0.12)
+    assert not any(named for name, named in half.items() if name[0] == "s")  # none is known
+    assert half != told(0.5, seed=2)
+    assert not any(told(0.0).values())
+    assert sum(told(1.0).values()) == n
+    made = sft_examples(stream, users, ads, ids(spark), settings, WINDOW, 1, PROMPT)
+    prompts = made.where("task IN ('next_ad', 'titles_to_sid')").collect()
+    assert len(prompts) == 4 * n
+    scene = "\nScene: feed.\nWhat ad will the user be interested in next?\nAnswer: "
+    for row in prompts:
+        named = half[row["example_id"].rpartition(":")[2]]
+        assert ("Scene" in row["prompt"]) == row["prompt"].endswith(scene) == named
+    cases = eval_examples(stream, stream, users, ids(spark), DAY0, settings, WINDOW, 1, PROMPT)
     assert cases.count() == 2 * n
     assert not cases.where("prompt LIKE '%Scene%'").count()
 
