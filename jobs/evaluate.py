@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import datetime as dt
+import logging
 from pathlib import Path
 
 import pyarrow as pa
@@ -28,6 +29,8 @@ from leadre_lib.quantisers import Codebook
 from leadre_lib.release import Releases
 from leadre_lib.settings import Settings
 from leadre_lib.spark import session
+
+log = logging.getLogger(__name__)
 
 STAGES = ("sft", "dpo")
 BEHAVIOUR_COLUMNS = ["user_id", "domain", "event_type", "item_id"]
@@ -79,9 +82,15 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
                 f" check `behaviours` and examples.valid_fraction"
             )
     champion = Releases(settings.releases).champion(before=ds)
+    template = examples["template"][0].as_py()
     if champion is not None:
         champion.require_codebook(ads.codebook, f"`ad_semantic_ids` of ds={ds}")
         lake.reads["champion"] = champion.id
+        if champion.template != template:
+            log.warning(
+                "champion %s was trained with template %s, but is measured on prompts of %s",
+                *(champion.id, champion.template, template),
+            )
 
     def measure(model: Path, split: str) -> dict[str, float]:
         return _measure(settings, ads, model, splits[split], index)
@@ -117,7 +126,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     table = pa.Table.from_pylist(rows, load_contract("metrics").arrow_schema())
     with session(settings) as spark:
         publish(spark, settings, lake, "metrics", ds, table)
-    verdict["codebook"] = ads.codebook
+    verdict |= {"codebook": ads.codebook, "template": template}
     facts.write_json(settings.work(ds) / "evaluation.json", verdict)
     print(
         f"challenger: {verdict['challenger']}; promote: {verdict['promote']}: {verdict['reason']}"

@@ -28,7 +28,7 @@ from leadre_lib.spark import read, session
 
 def run(args: argparse.Namespace, settings: Settings) -> None:
     """Publish the three tables and count their rows for the report."""
-    ds, lake, seed = args.ds, Lake(settings.lake), settings.seed
+    ds, lake = args.ds, Lake(settings.lake)
     first = ds - dt.timedelta(days=settings.interests.window_days)
     before = [day for day in lake.days("behaviours") if first <= day < ds]
     with session(settings, lake) as spark:
@@ -36,19 +36,21 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
         users = read(spark, lake, "users", [ds])
         ads = read(spark, lake, "ads", [ds])
         ids = read(spark, lake, "ad_semantic_ids", [ds]).select("ad_id", "semantic_id", "codebook")
-        options = settings.examples, settings.interests
+        options = settings.examples, settings.interests, settings.seed, settings.prompt
         rows = {}
         if before:
             past = read(spark, lake, "behaviours", before)
             # A profile is looked up in the newest snapshot, which is what the model will be asked
             # with; it holds no behaviour and so no future.
             histories = read(spark, lake, "synthetic_histories", [ds])
-            examples = sft_examples(past, users, ads, ids, *options, seed).unionAll(
-                synthetic_examples(histories, users, ads, ids, ds, settings.interests)
+            examples = sft_examples(past, users, ads, ids, *options).unionAll(
+                synthetic_examples(
+                    histories, users, ads, ids, ds, settings.interests, settings.prompt
+                )
             )
-            pairs = preference_pairs(past, users, ids, *options, seed)
+            pairs = preference_pairs(past, users, ids, *options)
             known = past.unionAll(arrived)
-            cases = eval_examples(known, arrived, users, ids, ds, *options, seed)
+            cases = eval_examples(known, arrived, users, ids, ds, *options)
             made = {"sft_examples": examples, "preference_pairs": pairs, "eval_examples": cases}
         else:
             made = {

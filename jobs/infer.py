@@ -66,6 +66,8 @@ def _retriever(
     release.require_codebook(ads.codebook, f"`ad_semantic_ids` of ds={ds}")
     for codebook in lake.values("user_prompts", ds, "codebook"):
         release.require_codebook(codebook, f"`user_prompts` of ds={ds}")
+    for template in lake.values("user_prompts", ds, "template"):
+        release.require_template(template, f"`user_prompts` of ds={ds}")
     decoding, inference = settings.decoding, settings.inference
     groups = candidates.groups_of(ads, decoding.group_by)
     filler = None

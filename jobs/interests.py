@@ -42,7 +42,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
         requests = active.select(
             F.col("user_id").alias("request_id"), "user_id", cutoff.alias("cutoff")
         )
-        known = interests(requests, behaviours, settings.interests)
+        known = interests(requests, behaviours, settings.interests, settings.prompt.content)
         columns = ["user_id", "long_term", "short_term"]
         publish(spark, settings, lake, "user_interests", ds, known.select(*columns))
         # The prompts are made of what was published, so that both tables tell the same story.
@@ -53,10 +53,11 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
         none = F.array().cast("array<string>")
         seen = F.sort_array(F.array_distinct(F.coalesce("history_ad_ids", none)))
         told = (
-            prompts(stored, users, semantic_ids)
+            prompts(stored, users, semantic_ids, settings.prompt)
             .join(ad_history(requests, behaviours), "request_id", "left")
             .crossJoin(codebook)
-            .select("user_id", "prompt", "prompt_hash", seen.alias("seen_ad_ids"), "codebook")
+            .withColumn("seen_ad_ids", seen)
+            .select("user_id", "prompt", "prompt_hash", "seen_ad_ids", "codebook", "template")
             .orderBy("user_id")  # so that inference finds a user's earlier candidates in few pages
         )
         publish(spark, settings, lake, "user_prompts", ds, told)

@@ -49,6 +49,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
             "parents": {"champion": verdict["champion"], "stage": verdict["challenger"]},
             "versions": {
                 "codebook": ads.codebook,
+                "template": verdict["template"],
                 "code": code_version(),
                 **environment_versions(),
             },

@@ -9,6 +9,7 @@ so.
 from __future__ import annotations
 
 import argparse
+import logging
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +24,8 @@ from leadre_lib.settings import Settings
 
 if TYPE_CHECKING:
     from leadre_lib.quantisers import Codebook
+
+log = logging.getLogger(__name__)
 
 
 def _sid_vectors(codebook: Codebook, tokens: int) -> np.ndarray:
@@ -55,6 +58,13 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     champion = Releases(settings.releases).champion(before=ds)
     if champion is not None:
         champion.require_codebook(version, f"`sft_examples` of ds={ds}")
+        template = examples["template"][0].as_py()
+        if champion.template != template:
+            log.warning(
+                "training goes on from %s, whose model and tokens were trained with template %s, on"
+                " prompts of %s",
+                *(champion.id, champion.template, template),
+            )
     vocabulary = sid_tokens(sid_sizes(codebook.sizes, settings))
     prepare_sft(
         examples,

@@ -16,8 +16,9 @@ from pyspark.sql import functions as F
 
 from leadre_lib.curation import start_of
 from leadre_lib.interests import interests
-from leadre_lib.prompts import plain, prompts
-from leadre_lib.settings import ExampleSettings, InterestSettings
+from leadre_lib.prompts import fill, plain, prompts
+from leadre_lib.settings import ExampleSettings, InterestSettings, PromptSettings
+from leadre_lib.templates import load_template
 
 DRAW_RANGE = 1 << 24
 TARGET_EVENTS = ("click", "conversion")
@@ -57,14 +58,18 @@ def cutoff_of(time: Column, settings: ExampleSettings) -> Column:
     return F.date_trunc("day", time) if settings.cutoff == "day" else time
 
 
-def next_ad_requests(behaviours: DataFrame, settings: ExampleSettings, seed: int) -> DataFrame:
+def next_ad_requests(
+    behaviours: DataFrame, settings: ExampleSettings, seed: int, scene_fraction: float
+) -> DataFrame:
     """Which targets become examples: the latest of each user, then a draw down to the cap.
 
-    A target of weight below 1, a click, is drawn with that probability.
+    A target of weight below 1, a click, is drawn with that probability. A scene, where one is
+    known, is told with the probability `scene_fraction`: nightly prompts are for no scene.
 
     Returns:
-        request_id, user_id, cutoff, target_time, ad_id, weight.
+        request_id, user_id, cutoff, target_time, ad_id, weight, scene (null: not told).
     """
+    told = (F.col("scene") != "") & (draw(seed + 6, "event_id") < F.lit(scene_fraction))
     weight = F.when(F.col("event_type") == "conversion", F.lit(1.0)).otherwise(
         F.lit(settings.click_weight)
     )
@@ -86,6 +91,7 @@ def next_ad_requests(behaviours: DataFrame, settings: ExampleSettings, seed: int
         F.col("event_time").alias("target_time"),
         F.col("item_id").alias("ad_id"),
         "weight",
+        F.when(told, F.col("scene")).alias("scene"),
     )
 
 
@@ -97,6 +103,7 @@ def sft_examples(
     settings: ExampleSettings,
     window: InterestSettings,
     seed: int,
+    prompt: PromptSettings,
 ) -> DataFrame:
     """The <Prompt, Response> rows of the main task and the three semantic tasks.
 
@@ -107,10 +114,10 @@ def sft_examples(
     Returns:
         The columns of the contract `sft_examples`.
     """
-    requests = next_ad_requests(behaviours, settings, seed)
-    known = interests(requests, behaviours, window)
-    known = known.where(F.size("short_term") >= settings.min_behaviours)
-    told = prompts(known, users, semantic_ids).join(semantic_ids, "ad_id")
+    requests = next_ad_requests(behaviours, settings, seed, prompt.scene_fraction)
+    known = interests(requests, behaviours, window, prompt.content)
+    known = known.where(F.col("known_items") >= settings.min_behaviours)
+    told = prompts(known, users, semantic_ids, prompt).join(semantic_ids, "ad_id")
     next_ad = told.select(
         F.concat(F.lit("next_ad:"), F.col("request_id")).alias("example_id"),
         F.lit("next_ad").alias("task"),
@@ -121,6 +128,7 @@ def sft_examples(
         "ad_id",
         "target_time",
         "codebook",
+        "template",
     )
     by_titles = told.where(
         draw(seed + 1, "request_id") < F.lit(settings.titles_to_sid_fraction)
@@ -134,22 +142,24 @@ def sft_examples(
         "ad_id",
         "target_time",
         "codebook",
+        "template",
     )
-    return next_ad.unionAll(by_titles).unionAll(text_tasks(ads, semantic_ids))
+    return next_ad.unionAll(by_titles).unionAll(text_tasks(ads, semantic_ids, prompt))
 
 
-def text_tasks(ads: DataFrame, semantic_ids: DataFrame) -> DataFrame:
+def text_tasks(ads: DataFrame, semantic_ids: DataFrame, prompt: PromptSettings) -> DataFrame:
     """Name and type of each ad to the Semantic ID of its marketing object, and back to the name
     and type of the object's first ad (see `catalogue.marketing_objects`).
     """
+    words = load_template(prompt.language)
     first = Window.partitionBy("marketing_object_id").orderBy("start_date", "ad_id")
     described = ads.withColumn("nth", F.row_number().over(first)).join(
         semantic_ids.select("ad_id", "semantic_id", "codebook"), "ad_id"
     )
-    name = F.when(F.col("category") == "", F.col("title")).otherwise(
-        F.concat("title", F.lit(" ("), "category", F.lit(")"))
+    title, category = plain(F.col("title")), plain(F.col("category"))
+    name = F.when(category == "", title).otherwise(
+        fill(words.ad.named, title=title, category=category)
     )
-    name = plain(name)
 
     def rows(described: DataFrame, task: str, prompt: Column, response: Column) -> DataFrame:
         return described.select(
@@ -162,11 +172,12 @@ def text_tasks(ads: DataFrame, semantic_ids: DataFrame) -> DataFrame:
             "ad_id",
             F.lit(None).cast("timestamp").alias("target_time"),
             "codebook",
+            F.lit(words.version).alias("template"),
         )
 
     sid = F.col("semantic_id")
-    to_sid = F.concat(F.lit("Ad: "), name, F.lit("\nSemantic ID: "))
-    to_text = F.concat(F.lit("Semantic ID: "), sid, F.lit("\nAd: "))
+    to_sid = fill(words.ad.text_to_sid, ad=name)
+    to_text = fill(words.ad.sid_to_text, semantic_id=sid)
     return rows(described, "text_to_sid", to_sid, sid).unionAll(
         rows(described.where("nth = 1"), "sid_to_text", to_text, name)
     )
@@ -179,6 +190,7 @@ def synthetic_examples(
     semantic_ids: DataFrame,
     ds: dt.date,
     window: InterestSettings,
+    prompt: PromptSettings,
 ) -> DataFrame:
     """Synthetic histories as <Prompt, Response> rows: of somebody unknown, who converted on an ad a
     day up to the day before `ds`, and to whom the last ad of the history comes next.
@@ -211,7 +223,8 @@ def synthetic_examples(
         "ad_id",
         midnight.alias("cutoff"),
     )
-    told = prompts(interests(requests, behaviours, window), users, semantic_ids)
+    known = interests(requests, behaviours, window, prompt.content)
+    told = prompts(known, users, semantic_ids, prompt)
     return told.join(semantic_ids, "ad_id").select(
         F.concat(F.lit("synthetic_next_ad:"), F.col("request_id")).alias("example_id"),
         F.lit("synthetic_next_ad").alias("task"),
@@ -222,6 +235,7 @@ def synthetic_examples(
         "ad_id",
         F.lit(None).cast("timestamp").alias("target_time"),
         "codebook",
+        "template",
     )
 
 
@@ -232,6 +246,7 @@ def preference_pairs(
     settings: ExampleSettings,
     window: InterestSettings,
     seed: int,
+    prompt: PromptSettings,
 ) -> DataFrame:
     """Two ads that one user clicked or converted on within one day, the higher eCPM chosen.
 
@@ -274,9 +289,9 @@ def preference_pairs(
         .withColumn("target_time", F.least("chosen_time", "rejected_time"))
         .withColumn("cutoff", cutoff_of(F.col("target_time"), settings))
     )
-    known = interests(pairs, behaviours, window)
-    known = known.where(F.size("short_term") >= settings.min_behaviours)
-    return prompts(known, users, semantic_ids).select(
+    known = interests(pairs, behaviours, window, prompt.content)
+    known = known.where(F.col("known_items") >= settings.min_behaviours)
+    return prompts(known, users, semantic_ids, prompt).select(
         F.col("request_id").alias("pair_id"),
         "user_id",
         "prompt",
@@ -286,6 +301,7 @@ def preference_pairs(
         "rejected_ecpm",
         "target_time",
         F.col("chosen_codebook").alias("codebook"),
+        "template",
     )
 
 
@@ -316,6 +332,7 @@ def eval_examples(
     settings: ExampleSettings,
     window: InterestSettings,
     seed: int,
+    prompt: PromptSettings,
 ) -> DataFrame:
     """The evaluation cases of the day.
 
@@ -344,14 +361,14 @@ def eval_examples(
     )
     # Cases of one user share one request: the prompt is built, and later decoded, once.
     requests = cases.select(F.col("user_id").alias("request_id"), "user_id", "cutoff").distinct()
-    known = interests(requests, behaviours, window).where(
-        F.size("short_term") >= settings.min_behaviours
+    known = interests(requests, behaviours, window, prompt.content).where(
+        F.col("known_items") >= settings.min_behaviours
     )
     histories = ad_history(requests, behaviours)
-    told = prompts(known, users, semantic_ids).join(histories, "request_id", "left")
+    told = prompts(known, users, semantic_ids, prompt).join(histories, "request_id", "left")
     codebook = semantic_ids.select(F.col("ad_id"), "codebook")
     return (
-        cases.join(told.select("user_id", "prompt", "history_ad_ids"), "user_id")
+        cases.join(told.select("user_id", "prompt", "history_ad_ids", "template"), "user_id")
         .join(codebook, "ad_id")
         .select(
             "case_id",
@@ -363,6 +380,7 @@ def eval_examples(
             "target_ecpm",
             "cutoff",
             "codebook",
+            "template",
         )
     )
 

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from leadre_lib.budget import fit
 from leadre_lib.constraint_index import ConstraintIndex, DeviceIndex
 from leadre_lib.errors import LeadreError
 from leadre_lib.settings import DecodingSettings
@@ -44,8 +45,8 @@ class Decoder(ABC):
         index: the objects that may be written.
         sid_token_ids: the token id of each code, one int array [codes of the level] a level.
         settings: beam widths, batch size in tokens, precision.
-        max_tokens: longest sequence, prompt and Semantic ID together. A longer prompt loses tokens
-            on its left, and how many prompts did is logged.
+        max_tokens: longest sequence, prompt and Semantic ID together. A longer prompt loses its
+            oldest behaviours (see `budget`), and how many prompts did is logged.
         device: where beams are chosen, such as `cpu` or `cuda`.
 
     Raises:
@@ -137,19 +138,10 @@ class Decoder(ABC):
         return objects, scores
 
     def _tokenize(self, prompts: Sequence[str]) -> list[np.ndarray]:
-        encoded = self.tokenizer(list(prompts), add_special_tokens=True)["input_ids"]
-        ids = [np.array(row, np.int64) for row in encoded]
+        ids = [np.array(row, np.int64) for row in fit(prompts, self.tokenizer, self.max_prompt)]
         if not all(map(len, ids)):
             raise LeadreError("a prompt is empty: the model needs at least one token to read")
-        cut = sum(len(row) > self.max_prompt for row in ids)
-        if cut:
-            log.warning(
-                "%d of %d prompts are longer than %d tokens and lost their first ones",
-                cut,
-                len(ids),
-                self.max_prompt,
-            )
-        return [row[-self.max_prompt :] for row in ids]
+        return ids
 
     def _search_all(
         self, token_ids: Sequence[np.ndarray], k: int, exclude: Sequence[np.ndarray] | None

@@ -44,8 +44,10 @@ def before_cutoff(
     )
 
 
-def interests(requests: DataFrame, behaviours: DataFrame, settings: InterestSettings) -> DataFrame:
-    """Long-term and short-term interest of each request.
+def interests(
+    requests: DataFrame, behaviours: DataFrame, settings: InterestSettings, content: bool = True
+) -> DataFrame:
+    """Long-term and short-term interest of each request; without `content`, in ads alone.
 
     Returns:
         The columns of `requests` and
@@ -53,8 +55,11 @@ def interests(requests: DataFrame, behaviours: DataFrame, settings: InterestSett
         behaviour as a half after every `half_life_days`, rounded so that both engines agree;
         `short_term`: array of the latest behaviours, one an item, oldest first. Empty arrays
         where nothing is known.
+        `known_items`: items that are known of, at most `short_term_behaviours`. Content counts with
+        or without `content`, so that the same requests have enough of them.
     """
-    known = before_cutoff(requests, behaviours, settings)
+    every = before_cutoff(requests, behaviours, settings)
+    known = every if content else every.where(F.col("domain") != "content")
     decay = F.pow(
         F.lit(0.5), age_in_days(F.col("cutoff"), F.col("event_time")) / settings.half_life_days
     )
@@ -88,7 +93,12 @@ def interests(requests: DataFrame, behaviours: DataFrame, settings: InterestSett
         ("short_term", short_term.schema["short_term"].dataType.simpleString()),
     ):
         joined = joined.withColumn(name, F.coalesce(name, F.array().cast(type_)))
-    return joined
+    if content:
+        return joined.withColumn("known_items", F.size("short_term"))
+    items = every.groupBy("request_id").agg(F.countDistinct("domain", "item_id").alias("items"))
+    known_items = F.least(F.coalesce("items", F.lit(0)), F.lit(settings.short_term_behaviours))
+    counted = joined.join(items, "request_id", "left")
+    return counted.withColumn("known_items", known_items.cast("int")).drop("items")
 
 
 def _collect(rows: DataFrame, name: str, fields: list[str]) -> DataFrame:

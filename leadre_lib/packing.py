@@ -117,7 +117,9 @@ def sequences(
     arrays = (tokens, positions, branches, told, weight)
     return pa.table(
         {
-            name: pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(array).cast(type_))
+            name: pa.ListArray.from_arrays(
+                pa.array(offsets, pa.int32()), pa.array(array).cast(type_)
+            )
             for (name, type_), array in zip(COLUMNS.items(), arrays, strict=True)
         }
     )

@@ -60,12 +60,26 @@ class Release:
         """Folder of the model and its tokenizer."""
         return self.folder / "model"
 
+    @property
+    def template(self) -> str:
+        """Version of the template of the prompts that the model was trained on."""
+        return str(self.manifest["versions"].get("template", "unknown"))
+
     def require_codebook(self, version: str, what: str) -> None:
         """Raise `ReleaseError` unless `what` was made with this release's codebook."""
         if version != self.codebook:
             raise ReleaseError(
                 f"{what} was made with codebook {version}, but release {self.id} speaks"
                 f" {self.codebook}: rebuild one of them; Semantic IDs would be misread in silence"
+            )
+
+    def require_template(self, version: str, what: str) -> None:
+        """Raise `ReleaseError` unless `what` asks in the words that this release's model knows."""
+        if version != self.template:
+            raise ReleaseError(
+                f"{what} was written with template {version}, but the model of release {self.id}"
+                f" was trained with {self.template}: set prompt.language back and run interests of"
+                f" the day again, or train and promote a model with {version} first"
             )
 
 
@@ -144,8 +158,9 @@ class Releases:
                     shutil.copy2(source, target)
             files = _listing(staged)
             # Not the version of the code: the same content is the same release.
-            codebook = manifest.get("versions", {}).get("codebook")
-            content = json.dumps([files, codebook], sort_keys=True)
+            versions = manifest.get("versions", {})
+            words = [versions.get("codebook"), versions.get("template")]
+            content = json.dumps([files, *words], sort_keys=True)
             release_id = f"{ds}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
             whole = {"format": FORMAT, "id": release_id, "ds": str(ds), "files": files, **manifest}
             write_json(staged / MANIFEST, whole)

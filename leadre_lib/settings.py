@@ -87,6 +87,21 @@ class RelationSettings(Section):
     fitted_steps: PositiveInt = Field(2000, description="on which the factors are fitted")
 
 
+class PromptSettings(Section):
+    """The intent-aware prompt (paper, section 3.1): its words, and which of its parts it has."""
+
+    language: str = Field(
+        "en", pattern=r"^[A-Za-z-]+$", description="names a template in conf/prompts"
+    )
+    profile: bool = True
+    long_term: bool = True
+    short_term: bool = True
+    content: bool = Field(True, description="content beside ads, in both interests")
+    scene_fraction: Fraction = Field(
+        0.5, ge=0, le=1, description="of the training targets with a known scene, that name it"
+    )
+
+
 class ExampleSettings(Section):
     """How many training and evaluation examples are drawn."""
 
@@ -304,6 +319,7 @@ class Settings(BaseSettings):
     quality: QualitySettings = QualitySettings()
     interests: InterestSettings = InterestSettings()
     relations: RelationSettings = RelationSettings()
+    prompt: PromptSettings = PromptSettings()
     examples: ExampleSettings = ExampleSettings()
     embedding: EmbeddingSettings = EmbeddingSettings()
     semantic_ids: SemanticIdSettings = SemanticIdSettings()

@@ -49,6 +49,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from leadre_lib import model as models
+from leadre_lib.budget import fit
 from leadre_lib.constraint_index import ConstraintIndex
 from leadre_lib.errors import LeadreError
 from leadre_lib.facts import write_json
@@ -230,9 +231,7 @@ def _sft_parts(
         prompts = Ragged.of(_prompts(tokenizer, part["prompt"].to_pylist(), answers, limit))
         learnt = np.isin(prompts.values, known)
         chosen = slice(start, stop)
-        yield sequences(
-            prompts, learnt, Ragged.of(answers), weights[chosen], groups[chosen], limit
-        )
+        yield sequences(prompts, learnt, Ragged.of(answers), weights[chosen], groups[chosen], limit)
 
 
 def _dpo_parts(
@@ -264,16 +263,15 @@ def _answers(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[
 def _prompts(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], answers: list[list[int]], limit: int
 ) -> list[list[int]]:
-    """Token ids of prompts, cut on the left so that the answer fits within `limit` tokens too."""
+    """Token ids of prompts, shortened so that the answer fits within `limit` tokens too."""
     longest = max(map(len, answers))
     if longest >= limit:
         raise TrainingError(
             f"a response of {longest} tokens leaves no room for a prompt: raise model.max_tokens"
             f" (now {limit})"
         )
-    # As the decoder reads prompts: with the special tokens that the tokenizer puts in front.
-    encoded = tokenizer(texts, add_special_tokens=True)["input_ids"]
-    return [ids[-(limit - len(answer)) :] for ids, answer in zip(encoded, answers, strict=True)]
+    # As the decoder reads prompts.
+    return fit(texts, tokenizer, [limit - len(answer) for answer in answers])
 
 
 def _write_parts(path: Path, parts: Iterator[pa.Table]) -> np.ndarray:

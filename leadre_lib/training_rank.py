@@ -133,9 +133,7 @@ def _examples(folder: Path) -> Dataset:
     return dataset.select(np.load(folder / "order.npy", allow_pickle=False), keep_in_memory=True)
 
 
-def _arguments(
-    folder: Path, section: TrainingSettings, seed: int, examples: int
-) -> dict[str, Any]:
+def _arguments(folder: Path, section: TrainingSettings, seed: int, examples: int) -> dict[str, Any]:
     """What both trainers are told."""
     config = deepspeed_config(section)
     bf16 = json.loads(config.read_bytes()).get("bf16", {}).get("enabled") is True

@@ -45,8 +45,8 @@ class VllmDecoder(Decoder):
         sid_token_ids: the token id of each code, one int array [codes of the level] a level.
         settings: beam widths, precision, and how many tokens of prompts and beams are searched at a
             time; vLLM makes its own batches of these, so that a high `batch_tokens` pays.
-        max_tokens: longest sequence, prompt and Semantic ID together. A longer prompt loses tokens
-            on its left, and how many prompts did is logged.
+        max_tokens: longest sequence, prompt and Semantic ID together. A longer prompt loses its
+            oldest behaviours (see `budget`), and how many prompts did is logged.
 
     Raises:
         LeadreError: vLLM is missing, too old or cannot load the model; or index, tokens and

@@ -13,13 +13,14 @@ from leadre_lib.contracts import tables
 
 ROOT = Path(__file__).parent.parent
 FLOORS: list[set[str]] = [
-    {"settings", "errors", "contracts", "lake", "release", "facts"},
+    {"settings", "errors", "contracts", "lake", "release", "facts", "templates"},
     {
         "sources",
         "spark",
         "curation",
         "interests",
         "prompts",
+        "budget",
         "embeddings",
         "quantisers",
         "semantic_ids",

@@ -82,8 +82,8 @@ ADS = [
 DAY0_AD_EVENTS = [
     ad_event("e01", "u1", "a1", "impression", at(DAY0, 8), ecpm=4.0),
     ad_event("e02", "u1", "a1", "click", at(DAY0, 8, 1), ecpm=4.0),
-    ad_event("e03", "u1", "a1", "conversion", at(DAY0, 9), ecpm=4.0, gmv=80.0),
-    ad_event("e04", "u1", "a3", "click", at(DAY0, 10), ecpm=1.0),
+    ad_event("e03", "u1", "a1", "conversion", at(DAY0, 9), ecpm=4.0, gmv=80.0, scene="feed"),
+    ad_event("e04", "u1", "a3", "click", at(DAY0, 10), ecpm=1.0, scene="feed"),
     ad_event("e05", "u2", "a2", "click", at(DAY0, 11), ecpm=3.0),
     ad_event("e06", "u2", "a4", "conversion", at(DAY0, 12), ecpm=2.0),
     ad_event("e07", "u3", "a2", "dismiss", at(DAY0, 13), ecpm=3.0),
@@ -95,7 +95,7 @@ DAY0_CONTENT_EVENTS = [
     content_event("c03", "u3", "Knife skills", "home/kitchen", at(DAY0, 9, 30)),
 ]
 DAY1_AD_EVENTS = [
-    ad_event("e11", "u1", "a3", "conversion", at(DAY1, 9), ecpm=1.5, gmv=9.0),
+    ad_event("e11", "u1", "a3", "conversion", at(DAY1, 9), ecpm=1.5, gmv=9.0, scene="feed"),
     ad_event("e12", "u2", "a2", "conversion", at(DAY1, 10), ecpm=3.5, gmv=30.0),
     ad_event("e02", "u1", "a1", "click", at(DAY0, 8, 1), ecpm=4.0),  # of the day before, again
     ad_event("e13", "u2", "a3", "click", at(DAY0, 23), ecpm=1.0),  # late

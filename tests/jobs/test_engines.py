@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from leadre_lib.settings import REPOSITORY
 from leadre_lib.spark import check_java
 
 
-def digests(engine: str, home: Path) -> dict[str, str]:
+def digests(engine: str, home: Path) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-m", "tests.jobs.data_jobs", engine, str(home)],
         cwd=REPOSITORY,
@@ -33,7 +34,9 @@ def test_equal_rows_on_both_engines(tmp_path: Path) -> None:
     expected = {"ads", "behaviours", "eval_examples", "preference_pairs", "quarantine"}
     expected |= {"sft_examples", "user_interests", "user_prompts", "users", "ad_semantic_ids"}
     expected |= {"synthetic_histories"}
-    assert set(sail) == expected
+    assert set(sail) == expected | {"user_prompts_zh", "scenes"}
+    assert sail["user_prompts_zh"] != sail["user_prompts"]
+    assert sail["scenes"]
     assert sail == spark
 
 

@@ -1,11 +1,14 @@
 """The index rebuild: new and stopped ads without training, a refresh of the codebook, and that
-whatever goes wrong, the release that served before goes on serving.
+whatever goes wrong, the release that served before goes on serving; and in which words the champion
+is asked.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime as dt
+import json
+import logging
 import os
 import shutil
 import signal
@@ -21,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import curate, index_rebuild, promote, release, semantic_ids
+from jobs import curate, index_rebuild, infer, promote, release, semantic_ids, sft
 from leadre_lib.catalogue import Catalogue, catalogue
 from leadre_lib.constraint_index import ConstraintIndex, ConstraintIndexError
 from leadre_lib.decoding import BeamDecoder
@@ -105,7 +108,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save(model, tokenizer, settings.work(DAY0) / "model")
     parts = build_indexes(now, sizes, settings, settings.work(DAY0) / "indexes")
     parts |= {"codebook": settings.codebooks / now.codebook, "model": settings.work(DAY0) / "model"}
-    told = {"versions": {"codebook": now.codebook}, "metrics": {}}
+    told = {"versions": {"codebook": now.codebook, "template": "en-1"}, "metrics": {}}
     releases = Releases(settings.releases)
     releases.promote(DAY0, releases.build(DAY0, parts, told).id, "made by hand")
     return home
@@ -147,6 +150,7 @@ def test_new_and_stopped_ads_get_in_without_training(settings: Settings) -> None
     assert child.id != parent.id
     assert child.manifest["parents"]["release"] == parent.id
     assert child.codebook == parent.codebook
+    assert child.template == parent.template == "en-1"
     weights = "model/model.safetensors"
     assert child.manifest["files"][weights] == parent.manifest["files"][weights]
     assert len(now.codes) == len(before.codes) + 1
@@ -235,9 +239,12 @@ def test_a_day_that_is_run_again_takes_its_refresh_back(settings: Settings) -> N
 def test_a_model_from_before_a_refresh_makes_no_release(settings: Settings) -> None:
     work, parent = settings.work(DAY0), champion(settings)
     verdict = {"challenger": "sft", "champion": None, "valid": {}, "codebook": parent.codebook}
+    verdict["template"] = "zh-1"
     write_json(work / "evaluation.json", verdict)
     shutil.copytree(parent.model, work / "sft" / "model")
     release.run(args(), settings)
+    made = json.loads((work / "release.json").read_text())["release"]
+    assert Releases(settings.releases).open(made).template == "zh-1"
     index_rebuild.run(args(refresh=True), settings)
     with pytest.raises(LeadreError, match="it was refreshed since"):
         release.run(args(), settings)
@@ -377,3 +384,50 @@ def test_ids_of_a_foreign_codebook_are_no_refresh(settings: Settings) -> None:
         attempt.commit()
     with pytest.raises(LeadreError, match=f"but release .* speaks {book.version}"):
         index_rebuild.run(args(), settings)
+
+
+def publish(settings: Settings, table: str, ds: dt.date, record: dict[str, Any]) -> None:
+    with Lake(settings.lake).begin(table, ds) as attempt:
+        attempt.write(rows(table, [record]))
+        attempt.commit()
+
+
+def prompt_of(settings: Settings, template: str) -> dict[str, Any]:
+    """A row of `user_prompts`."""
+    words = {"prompt": "What next?", "prompt_hash": "0" * 64, "template": template}
+    book = champion(settings).codebook
+    return {"user_id": "u1", "seen_ad_ids": [], "codebook": book, **words}
+
+
+def test_the_champion_is_asked_in_no_other_words(settings: Settings) -> None:
+    asked = argparse.Namespace(ds=DAY0, shard=0, shards=1)
+    publish(settings, "user_prompts", DAY0, prompt_of(settings, "zh-1"))
+    told = rf"`user_prompts` of ds={DAY0} was written with template zh-1, .* with en-1: set prompt"
+    with pytest.raises(ReleaseError, match=told):
+        infer.run(asked, settings)
+    publish(settings, "user_prompts", DAY0, prompt_of(settings, "en-1"))
+    infer.run(asked, settings)
+    assert list((settings.work(DAY0) / "infer").glob("*/part-*.parquet"))
+
+
+def test_training_goes_on_in_other_words_with_a_warning(
+    settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    unready = settings.model_copy(
+        update={"sft": settings.sft.model_copy(update={"deepspeed": "none.json"})}
+    )
+    example = {
+        "example_id": "e",
+        "task": "next_ad",
+        "prompt": "What next?",
+        "response": "<a_0><b_0><c_0>",
+        "weight": 1.0,
+        "ad_id": "rug-red-0",
+        "codebook": champion(settings).codebook,
+    }
+    caplog.set_level(logging.WARNING)
+    for template, warned in (("en-1", False), ("zh-1", True)):
+        publish(settings, "sft_examples", NEXT, {**example, "template": template})
+        with pytest.raises(LeadreError, match=r"none\.json"):  # all is prepared, nothing started
+            sft.run(args(ds=NEXT), unready)
+        assert ("were trained with template en-1, on prompts of zh-1" in caplog.text) == warned

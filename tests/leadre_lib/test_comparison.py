@@ -78,6 +78,7 @@ def test_cases_become_rows_and_forgotten_ads_leave_histories() -> None:
         "prompt": "p",
         "cutoff": at(DAY1, 0),
         "codebook": "book",
+        "template": "en-1",
     }
     examples = [
         {**case, "case_id": "1", "history_ad_ids": ["a2", "gone", "a1"], "target_ad_id": "a3"},

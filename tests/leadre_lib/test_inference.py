@@ -103,7 +103,8 @@ def users(
 
 def prompts_of(told: pa.Table) -> pa.Table:
     """Rows of the contract `user_prompts`."""
-    return told.append_column("codebook", pa.array(["book"] * told.num_rows))
+    told = told.append_column("codebook", pa.array(["book"] * told.num_rows))
+    return told.append_column("template", pa.array(["en-1"] * told.num_rows))
 
 
 @pytest.fixture

@@ -100,6 +100,7 @@ def test_the_ecpm_order_of_a_pair_is_checked(
         "rejected_ecpm": 2.0,
         "target_time": DAY0_AD_EVENTS[0]["event_time"],
         "codebook": "c",
+        "template": "en-1",
     }
     failed = outcomes(spark, settings, lake, "preference_pairs", [pair])
     assert failed == ["expect_column_pair_values_a_to_be_greater_than_b"]

@@ -13,13 +13,14 @@ from leadre_lib.release import Release, ReleaseError, Releases
 DAYS = [dt.date(2026, 3, 2) + dt.timedelta(days=n) for n in range(4)]
 
 
-def build(root: Path, ds: dt.date, weights: str = "w") -> Release:
+def build(root: Path, ds: dt.date, weights: str = "w", template: str = "en-1") -> Release:
     source = root.parent / f"source-{ds}-{weights}"
     (source / "model").mkdir(parents=True, exist_ok=True)
     (source / "model" / "model.safetensors").write_text(weights)
     (source / "ids.json").write_text("[]")
     parts = {"model": source / "model", "semantic_ids/ids.json": source / "ids.json"}
-    return Releases(root).build(ds, parts, {"versions": {"codebook": "book"}, "metrics": {}})
+    versions = {"codebook": "book", "template": template}
+    return Releases(root).build(ds, parts, {"versions": versions, "metrics": {}})
 
 
 def test_equal_content_is_the_same_release(tmp_path: Path) -> None:
@@ -62,6 +63,21 @@ def test_another_codebook_is_refused(tmp_path: Path) -> None:
     release.require_codebook("book", "this table")
     with pytest.raises(ReleaseError, match="that table was made with codebook other"):
         release.require_codebook("other", "that table")
+
+
+def test_another_template_is_refused(tmp_path: Path) -> None:
+    release = build(tmp_path / "releases", DAYS[0])
+    release.require_template("en-1", "this table")
+    with pytest.raises(ReleaseError, match=r"that table was .* zh-1, but .* with en-1: set prompt"):
+        release.require_template("zh-1", "that table")
+    other = build(tmp_path / "releases", DAYS[0], template="zh-1")
+    assert other.id != release.id
+    other.require_template("zh-1", "that table")
+    (other.folder / "manifest.json").write_text(
+        json.dumps(other.manifest | {"versions": {"codebook": "book"}})
+    )
+    with pytest.raises(ReleaseError, match="with unknown"):
+        Releases(tmp_path / "releases").open(other.id).require_template("zh-1", "that table")
 
 
 def test_a_day_reads_the_champion_before_it_and_a_backfill_moves_nothing(tmp_path: Path) -> None:

@@ -307,6 +307,31 @@ def test_prompts_are_cut_on_the_left_and_answers_never(
         prepare(endless, tmp_path, settings)
 
 
+def test_prompts_lose_their_oldest_behaviours_first(
+    examples: pa.Table, settings: Settings, tmp_path: Path
+) -> None:
+    """As decoding reads them, see `tests/leadre_lib/test_budget.py`."""
+    role = "You are an ad recommendation system."
+    behaviours = [f"{n}*click*<a_{n % 4}><b_0><c_0>" for n in range(9, 0, -1)]
+    prompt = (
+        f"{role}\nRecent behaviours: {'; '.join(behaviours)}.\n"
+        "What ad will the user be interested in next?\nAnswer: "
+    )
+    long = pa.table({"prompt": [prompt] * 30, "response": ["<a_1><b_2><c_0>"] * 30})
+    roomy = settings.model_copy(
+        update={"model": settings.model.model_copy(update={"max_tokens": 90})}
+    )
+    prepare(pa.concat_tables([examples, long]), tmp_path, roomy)
+    row = pq.read_table(tmp_path / "sft" / "train.parquet").slice(EXAMPLES).to_pylist()[0]
+    _, tokenizer = load(tmp_path / "sft" / "init")
+    text = tokenizer.decode(row["input_ids"])
+    assert len(row["input_ids"]) <= 90 < len(tokenizer(prompt)["input_ids"])
+    kept = sum(behaviour in text for behaviour in behaviours)
+    assert 0 < kept < len(behaviours)
+    shorter = "; ".join(behaviours[-kept:])
+    assert text == prompt.replace("; ".join(behaviours), shorter) + ("<a_1><b_2><c_0><|endoftext|>")
+
+
 def test_warm_start_keeps_weights_and_tokens(
     trained: Path, examples: pa.Table, settings: Settings, tmp_path: Path
 ) -> None:
