@@ -7,6 +7,7 @@ read, `run_ranks` starts the ranks under DeepSpeed and sees them through; what a
     train.parquet, order.npy   token ids of the examples, and the order in which steps take them
     init/                      the model that SFT starts from (DPO starts from `work/sft/model`)
     fingerprint.json           sha256 of all of the above and of the settings: equal means resume
+    reference.npy              log-probabilities under the model that DPO starts from
     run.json, ranks.json       what the ranks are told; the session that they run in
     checkpoints/               of the trainer; private, they hold pickles; gone once it is done
     loss.json, model/          the result; `model/` appears whole and last
@@ -94,19 +95,22 @@ def prepare_sft(
     _adopt(staged, folder, staged / "init", lengths, settings, settings.sft)
 
 
-def prepare_dpo(pairs: pa.Table, work: Path, settings: Settings) -> None:
+def prepare_dpo(lists: pa.Table, work: Path, settings: Settings) -> None:
     """Write what preference optimization of `work/sft/model` reads, in `work/dpo`.
 
     Args:
-        pairs: columns `prompt`, `chosen` and `rejected`.
+        lists: columns `prompt`, `chosen`, `rejected` (list of string, one or more) and `weight`.
         work: the day's scratch folder, with a finished SFT.
         settings: sections `model` and `dpo`, and the seed.
+
+    Raises:
+        TrainingError: a response leaves no room for a prompt.
     """
     folder, start = work / "dpo", work / "sft" / "model"
     end_ranks(folder)
     staged = _fresh(folder / "prepared")
     _, tokenizer = models.load(start)
-    lengths = _write_examples(staged / "train.parquet", _dpo_rows(pairs, tokenizer, settings))
+    lengths = _write_examples(staged / "train.parquet", _dpo_rows(lists, tokenizer, settings))
     _adopt(staged, folder, start, lengths, settings, settings.dpo)
 
 
@@ -153,18 +157,29 @@ def _sft_rows(
 
 
 def _dpo_rows(
-    pairs: pa.Table, tokenizer: PreTrainedTokenizerBase, settings: Settings
-) -> Iterator[dict[str, list[list[int]]]]:
-    """Chunks of `prompt_ids`, `chosen_ids` and `rejected_ids`."""
-    for chunk in _chunks(pairs, ("prompt", "chosen", "rejected")):
-        chosen = _answers(tokenizer, chunk["chosen"])
-        rejected = _answers(tokenizer, chunk["rejected"])
-        longer = [max(both, key=len) for both in zip(chosen, rejected, strict=True)]
-        prompts = _prompts(tokenizer, chunk["prompt"], longer, settings.model.max_tokens)
-        yield {"prompt_ids": prompts, "chosen_ids": chosen, "rejected_ids": rejected}
+    lists: pa.Table, tokenizer: PreTrainedTokenizerBase, settings: Settings
+) -> Iterator[dict[str, list[Any]]]:
+    """Chunks of `input_ids`, `branches` and `weight`: one sequence a list, its prompt read once.
+
+    The sequence is the prompt but for its last token, and then a branch an answer: that last token
+    and the answer. So every token of an answer follows what it is predicted from. `branches` is 0
+    on the prompt, 1 on the branch of the chosen, and 2 and so on where answers were rejected.
+    """
+    for chunk in _chunks(lists, ("prompt", "chosen", "rejected", "weight")):
+        texts = [[c, *r] for c, r in zip(chunk["chosen"], chunk["rejected"], strict=True)]
+        flat = iter(_answers(tokenizer, [text for each in texts for text in each]))
+        answers = [[next(flat) for _ in each] for each in texts]
+        longest = [max(each, key=len) for each in answers]
+        prompts = _prompts(tokenizer, chunk["prompt"], longest, settings.model.max_tokens)
+        inputs, branches = [], []
+        for prompt, each in zip(prompts, answers, strict=True):
+            inputs.append(prompt[:-1] + [t for answer in each for t in (prompt[-1], *answer)])
+            numbers = [n for n, answer in enumerate(each, 1) for _ in range(len(answer) + 1)]
+            branches.append([0] * (len(prompt) - 1) + numbers)
+        yield {"input_ids": inputs, "branches": branches, "weight": chunk["weight"]}
 
 
-def _chunks(table: pa.Table, names: Sequence[str]) -> Iterator[dict[str, list[str]]]:
+def _chunks(table: pa.Table, names: Sequence[str]) -> Iterator[dict[str, list[Any]]]:
     for batch in table.select(names).to_batches(max_chunksize=CHUNK_ROWS):
         yield {name: batch[name].to_pylist() for name in names}
 
@@ -192,17 +207,19 @@ def _prompts(
     return [ids[-(limit - len(answer)) :] for ids, answer in zip(encoded, answers, strict=True)]
 
 
-def _write_examples(path: Path, chunks: Iterator[dict[str, list[list[int]]]]) -> np.ndarray:
-    """Write token ids as lists of int32; return the tokens of each example, int64 [examples]."""
+def _write_examples(path: Path, chunks: Iterator[dict[str, list[Any]]]) -> np.ndarray:
+    """Write lists of int32, and weights; return the tokens of each example, int64 [examples]."""
     writer: pq.ParquetWriter | None = None
     lengths = []
     for chunk in chunks:
-        columns = {name: pa.array(rows, pa.list_(pa.int32())) for name, rows in chunk.items()}
+        columns = {
+            name: pa.array(rows, pa.float32() if name == "weight" else pa.list_(pa.int32()))
+            for name, rows in chunk.items()
+        }
         table = pa.table(columns)
         writer = writer or pq.ParquetWriter(path, table.schema)
         writer.write_table(table)
-        counted = [name for name in columns if name != "labels"]
-        lengths.append(sum(columns[name].value_lengths().to_numpy() for name in counted))
+        lengths.append(columns["input_ids"].value_lengths().to_numpy())
     if writer is None:
         raise TrainingError("no examples to train on")
     writer.close()
@@ -271,7 +288,7 @@ def _adopt(
 def _clear(folder: Path) -> None:
     """Remove what this module writes; the fingerprint first, for it vouches for the rest."""
     (folder / "fingerprint.json").unlink(missing_ok=True)
-    for name in ("train.parquet", "order.npy", "run.json", "loss.json"):
+    for name in ("train.parquet", "order.npy", "reference.npy", "run.json", "loss.json"):
         (folder / name).unlink(missing_ok=True)
     for name in ("model", "checkpoints", "init"):
         shutil.rmtree(folder / name, ignore_errors=True)

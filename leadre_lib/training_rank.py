@@ -1,5 +1,7 @@
 """One rank of a training: TRL's trainers under DeepSpeed, on what `training` prepared.
 
+What of it is preference optimization is in `preference_rank`.
+
 Differences from TRL as it comes: examples arrive as token ids in the order in which steps take
 them; on a CPU only the positions that the loss needs are projected onto the vocabulary; a
 checkpoint is sealed with the checksums of its files once every rank has written; the final weights
@@ -20,12 +22,13 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from deepspeed.utils import safe_get_full_fp32_param
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from leadre_lib import model as models
 from leadre_lib.facts import write_json
-from leadre_lib.settings import DpoSettings, TrainingSettings
+from leadre_lib.preference_rank import preference_trainer
+from leadre_lib.settings import TrainingSettings
 from leadre_lib.training import deepspeed_config, is_alive, read_json, seal_checkpoint
 
 log = logging.getLogger(__name__)
@@ -56,14 +59,13 @@ def _trainer(folder: Path, run: dict[str, Any]) -> Trainer:
     model, tokenizer = models.load(Path(run["init"]))
     parts: dict[str, Any] = {
         "model": model,
-        "train_dataset": _examples(folder),
         "processing_class": tokenizer,
         "callbacks": [_Progress(run["stage"]), _Seal(), _Orphan(run["launcher"])],
     }
     if run["stage"] == "sft":
         trainer: Trainer = _sft_trainer(folder, run, parts)
     else:
-        trainer = _dpo_trainer(folder, run, parts)
+        trainer = preference_trainer(folder, run, parts, _arguments, _score_labels_only)
     trainer.remove_callback(PrinterCallback)
     if trainer.args.use_cpu:
         _score_labels_only(model)
@@ -73,23 +75,7 @@ def _trainer(folder: Path, run: dict[str, Any]) -> Trainer:
 def _sft_trainer(folder: Path, run: dict[str, Any], parts: dict[str, Any]) -> Trainer:
     section = TrainingSettings.model_validate(run["section"])
     args = SFTConfig(**_arguments(folder, section, run["seed"]), max_length=None)
-    return SFTTrainer(args=args, **parts)
-
-
-def _dpo_trainer(folder: Path, run: dict[str, Any], parts: dict[str, Any]) -> Trainer:
-    section = DpoSettings.model_validate(run["section"])
-    args = DPOConfig(
-        **_arguments(folder, section, run["seed"]),
-        max_length=None,
-        beta=section.beta,
-        loss_type=["sigmoid", "sft"],
-        loss_weights=[1.0, section.sft_weight],
-    )
-    reference, _ = models.load(Path(run["init"]))
-    trainer = _PreferenceTrainer(args=args, ref_model=reference, **parts)
-    if args.use_cpu:
-        _score_labels_only(reference)  # DeepSpeed has wrapped it, and calls it
-    return trainer
+    return SFTTrainer(args=args, train_dataset=_examples(folder), **parts)
 
 
 def _examples(folder: Path) -> Dataset:
@@ -130,13 +116,6 @@ def _arguments(folder: Path, section: TrainingSettings, seed: int) -> dict[str, 
         "seed": seed,
         "data_seed": seed,
     }
-
-
-class _PreferenceTrainer(DPOTrainer):
-    """DPO on examples that are token ids already."""
-
-    def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
-        return dataset
 
 
 def _score_labels_only(model: PreTrainedModel) -> None:
