@@ -271,7 +271,7 @@ def _adopt(
         "examples": _sha256(staged / "train.parquet"),
         "order": _sha256(staged / "order.npy"),
         "init": {path.name: _sha256(path) for path in sorted(init.iterdir())},
-        "settings": section.model_dump(exclude={"hostfile", "checkpoint_steps"}),
+        "settings": section.model_dump(mode="json", exclude={"hostfile", "checkpoint_steps"}),
         "deepspeed": _sha256(deepspeed_config(section)),
         "seed": settings.seed,
     }
