@@ -98,7 +98,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     stages = {stage: measure(model, "valid") for stage, model in models.items()}
     theirs = measure(champion.model, "valid") if champion else None
     verdict = comparison.verdict(
-        stages, champion.id if champion else None, theirs, settings.evaluation.tolerance
+        stages, champion.id if champion else None, theirs, settings.evaluation
     )
     users, items = comparison.interactions(_past(settings, lake, ds), ads)
     titles = embed(ads.objects["title"].to_pylist(), settings.embedding, settings.cache)

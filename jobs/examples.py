@@ -15,12 +15,12 @@ from jobs.command import main, parser
 from leadre_lib import facts
 from leadre_lib.alignment import (
     eval_examples,
-    preference_pairs,
     sft_examples,
     synthetic_examples,
 )
 from leadre_lib.contracts import load_contract
 from leadre_lib.lake import Lake
+from leadre_lib.preferences import preference_pairs
 from leadre_lib.quality import publish
 from leadre_lib.settings import Settings
 from leadre_lib.spark import read, session

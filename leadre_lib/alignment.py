@@ -1,5 +1,5 @@
-"""Training and evaluation examples (paper, section 3.3): the alignment tasks, the preference
-pairs by business value, and the cases on which methods are compared.
+"""Training and evaluation examples (paper, section 3.3): the alignment tasks, and the cases on
+which methods are compared.
 
 Targets come from behaviours before the day, cases from the day itself; each one's prompt knows only
 what is older than its cutoff. Draws depend on ids and the seed alone.
@@ -22,7 +22,6 @@ from leadre_lib.templates import load_template
 
 DRAW_RANGE = 1 << 24
 TARGET_EVENTS = ("click", "conversion")
-PAIR_SIDE = ("ad_id", "time", "ecpm", "semantic_id", "codebook")
 
 
 def draw(seed: int, *columns: str) -> Column:
@@ -235,72 +234,6 @@ def synthetic_examples(
         "ad_id",
         F.lit(None).cast("timestamp").alias("target_time"),
         "codebook",
-        "template",
-    )
-
-
-def preference_pairs(
-    behaviours: DataFrame,
-    users: DataFrame,
-    semantic_ids: DataFrame,
-    settings: ExampleSettings,
-    window: InterestSettings,
-    seed: int,
-    prompt: PromptSettings,
-) -> DataFrame:
-    """Two ads that one user clicked or converted on within one day, the higher eCPM chosen.
-
-    Both ads are relevant to the user, so the pair teaches value alone. The prompt knows what came
-    before the earlier of the two (see `cutoff_of`). Ads without eCPM give no pairs, nor do two ads
-    of one marketing object: they have one Semantic ID.
-
-    Returns:
-        The columns of the contract `preference_pairs`.
-    """
-    valued = (
-        ad_targets(behaviours)
-        .where(F.col("ecpm").isNotNull())
-        .groupBy("user_id", F.to_date("event_time").alias("day"), F.col("item_id").alias("ad_id"))
-        .agg(F.min("event_time").alias("time"), F.max("ecpm").alias("ecpm"))
-        .join(semantic_ids.select("ad_id", "semantic_id", "codebook"), "ad_id")
-    )
-    chosen, rejected = (
-        valued.select(
-            "user_id",
-            "day",
-            *[F.col(name).alias(f"{side}_{name}") for name in PAIR_SIDE],
-        )
-        for side in ("chosen", "rejected")
-    )
-    pairs = chosen.join(rejected, ["user_id", "day"]).where(
-        (F.col("chosen_ecpm") > F.col("rejected_ecpm") * F.lit(settings.min_ecpm_ratio))
-        & (F.col("chosen_semantic_id") != F.col("rejected_semantic_id"))
-    )
-    pairs = pairs.withColumn(
-        "request_id",
-        F.concat_ws(":", "user_id", F.col("day").cast("string"), "chosen_ad_id", "rejected_ad_id"),
-    ).withColumn("draw", draw(seed + 2, "request_id"))
-    order = Window.partitionBy("user_id").orderBy("draw", "request_id")
-    pairs = (
-        pairs.withColumn("place", F.row_number().over(order))
-        .where(F.col("place") <= settings.pairs_per_user)
-        .orderBy("draw", "request_id")
-        .limit(settings.max_preference_pairs)
-        .withColumn("target_time", F.least("chosen_time", "rejected_time"))
-        .withColumn("cutoff", cutoff_of(F.col("target_time"), settings))
-    )
-    known = interests(pairs, behaviours, window, prompt.content)
-    known = known.where(F.col("known_items") >= settings.min_behaviours)
-    return prompts(known, users, semantic_ids, prompt).select(
-        F.col("request_id").alias("pair_id"),
-        "user_id",
-        "prompt",
-        F.col("chosen_semantic_id").alias("chosen"),
-        F.col("rejected_semantic_id").alias("rejected"),
-        "chosen_ecpm",
-        "rejected_ecpm",
-        "target_time",
-        F.col("chosen_codebook").alias("codebook"),
         "template",
     )
 

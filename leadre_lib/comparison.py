@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from leadre_lib.catalogue import Catalogue
 from leadre_lib.decoding import Decoder
 from leadre_lib.evaluation import (
+    WEIGHTED_HR,
     Histories,
     Scorer,
     item_knn,
@@ -24,6 +25,7 @@ from leadre_lib.evaluation import (
     rank_metrics,
 )
 from leadre_lib.generation import decode_distinct
+from leadre_lib.settings import EvaluationSettings
 
 GATE = "HR@10"
 
@@ -108,35 +110,36 @@ def verdict(
     stages: dict[str, dict[str, float]],
     champion: str | None,
     champion_metrics: dict[str, float] | None,
-    tolerance: float,
+    settings: EvaluationSettings,
 ) -> dict[str, Any]:
     """Which stage challenges, and whether it is promoted.
+
+    DPO is there for business value. It challenges in place of SFT if it gains `min_value_gain` of
+    eCPM-weighted HR@10 and loses no more than `max_hit_loss` of HR@10, both as parts of SFT's.
 
     Args:
         stages: validation metrics of `sft` and, where it was trained, `dpo`.
         champion: the release to beat, with its metrics on the same cases; None: there is none.
-        tolerance: HR@10 that may be lost, to SFT by DPO and to the champion by the challenger.
+        settings: `tolerance` is the HR@10 that the challenger may lose to the champion.
 
     Returns:
         `challenger`, `promote`, `reason`, `champion` and `valid` (the challenger's metrics).
     """
     challenger, note = "sft", ""
     if "dpo" in stages:
-        loss = stages["sft"][GATE] - stages["dpo"][GATE]
-        if loss <= tolerance:
-            challenger = "dpo"
-        else:
-            note = f"; DPO was left out, it lost {loss:.4f} {GATE} against SFT"
+        pays, figures = _dpo_pays(stages["sft"], stages["dpo"], settings)
+        challenger = "dpo" if pays else "sft"
+        note = f"; DPO was {'taken' if pays else 'left out'}, {figures}"
     own = stages[challenger][GATE]
     if champion_metrics is None:
         promote, reason = True, f"the first model, validation {GATE} {own:.4f}"
     else:
         theirs = champion_metrics[GATE]
-        promote = own >= theirs - tolerance
+        promote = own >= theirs - settings.tolerance
         word = "within" if promote else "beyond"
         reason = (
             f"validation {GATE} {own:.4f} against {theirs:.4f} of {champion},"
-            f" {word} the tolerance of {tolerance}"
+            f" {word} the tolerance of {settings.tolerance}"
         )
     return {
         "challenger": challenger,
@@ -145,6 +148,23 @@ def verdict(
         "champion": champion,
         "valid": stages[challenger],
     }
+
+
+def _dpo_pays(
+    sft: dict[str, float], dpo: dict[str, float], settings: EvaluationSettings
+) -> tuple[bool, str]:
+    """Whether DPO is better than SFT in the sense of `verdict`, and the figures that say so."""
+    if WEIGHTED_HR not in sft or WEIGHTED_HR not in dpo:
+        return False, "the validation cases have no eCPM to judge it by"
+    gained = dpo[WEIGHTED_HR] > 0 and dpo[WEIGHTED_HR] >= sft[WEIGHTED_HR] * (
+        1 + settings.min_value_gain
+    )
+    kept = dpo[GATE] >= sft[GATE] * (1 - settings.max_hit_loss)
+    figures = ", ".join(
+        f"{name} {dpo[name]:.4f} against {sft[name]:.4f} of SFT" for name in (WEIGHTED_HR, GATE)
+    )
+    asked = f"at least +{settings.min_value_gain:.1%} and -{settings.max_hit_loss:.1%} were asked"
+    return gained and kept, f"validation {figures}; {asked}"
 
 
 def metric_rows(

@@ -114,9 +114,12 @@ class ExampleSettings(Section):
     synthetic_steps: PositiveInt = 8
     synthetic_neighbours: PositiveInt = 10
     max_synthetic_examples: PositiveInt = 2000
-    pairs_per_user: int = Field(3, ge=0)
+    pairs_from: Literal["interactions", "impressions"] = Field(
+        "interactions", description="ads clicked or converted on make pairs, or those shown too"
+    )
+    pairs_per_user: int = Field(3, ge=0, description="of each origin")
     min_ecpm_ratio: float = Field(1.1, ge=1)
-    max_preference_pairs: PositiveInt = 400
+    max_preference_pairs: PositiveInt = Field(400, description="of each origin")
     valid_fraction: Fraction = Field(0.3, gt=0, lt=1)
     max_valid_cases: PositiveInt = 1000
     max_test_cases: PositiveInt = 10000
@@ -225,8 +228,15 @@ class SftSettings(TrainingSettings):
     patience: PositiveInt = Field(3, description="validations without a better one that end it")
 
 
+Origin = Literal["value", "dismissal", "beam"]
+
+
 class DpoSettings(TrainingSettings):
-    """Direct Preference Optimization with the SFT loss mixed in (paper, section 3.3)."""
+    """Direct Preference Optimization with the SFT loss mixed in (paper, section 3.3).
+
+    `origins` names the pairs to train on (see `preferences`); those of `beam` come from what the
+    SFT model lists for `beam_prompts` prompts of `sft_examples`.
+    """
 
     learning_rate: float = Field(1e-4, gt=0)
     batch_size: PositiveInt = 16
@@ -234,6 +244,17 @@ class DpoSettings(TrainingSettings):
     weight_decay: float = Field(0.0, ge=0)
     beta: float = Field(0.1, gt=0)
     sft_weight: float = Field(1.0, ge=0)
+    loss: Literal["pairwise", "listwise"] = Field(
+        "pairwise", description="listwise: one chosen against all that were rejected for it"
+    )
+    max_rejected: PositiveInt = Field(4, description="of a list")
+    weight_by_gap: bool = Field(False, description="pairs weigh the log ratio of their eCPMs")
+    origins: tuple[Origin, ...] = ("value",)
+    beam_prompts: PositiveInt = 400
+    beam_top: PositiveInt = Field(10, description="objects of a list among which pairs are made")
+    max_score_gap: float = Field(
+        1.0, ge=0, description="nats, between two objects of a pair that the user did not want"
+    )
 
 
 class DecodingSettings(Section):
@@ -262,9 +283,15 @@ class DecodingSettings(Section):
 
 
 class EvaluationSettings(Section):
-    """Promotion tolerance and ranking rules. `exclude_seen` holds for all methods alike."""
+    """Promotion rules and ranking rules. `exclude_seen` holds for all methods alike."""
 
     tolerance: Fraction = Field(0.02, ge=0, description="absolute HR@10 a challenger may lose")
+    min_value_gain: Fraction = Field(
+        0.05, ge=0, description="eCPM-weighted HR@10 that DPO has to gain, a part of that of SFT"
+    )
+    max_hit_loss: Fraction = Field(
+        0.01, ge=0, le=1, description="HR@10 that DPO may lose, a part of that of SFT"
+    )
     exclude_seen: bool = False
 
 

@@ -10,6 +10,7 @@ read, `run_ranks` starts the ranks under DeepSpeed and sees them through; what a
     validation/                of SFT: cases on which the best weights are chosen, and their index
     init/                      the model that SFT starts from (DPO starts from `work/sft/model`)
     fingerprint.json           sha256 of all of the above and of the settings: equal means resume
+    reference.npy              log-probabilities under the model that DPO starts from
     run.json, ranks.json       what the ranks are told; the session that they run in
     checkpoints/               of the trainer; private, they hold pickles; gone once it is done
     best/, validation.json     the best weights so far, and the validation curve
@@ -160,19 +161,22 @@ def prepare_sft(
     _adopt(staged, folder, staged / "init", settings, section)
 
 
-def prepare_dpo(pairs: pa.Table, work: Path, settings: Settings) -> None:
+def prepare_dpo(lists: pa.Table, work: Path, settings: Settings) -> None:
     """Write what preference optimization of `work/sft/model` reads, in `work/dpo`.
 
     Args:
-        pairs: columns `prompt`, `chosen` and `rejected`.
+        lists: columns `prompt`, `chosen`, `rejected` (list of string, one or more) and `weight`.
         work: the day's scratch folder, with a finished SFT.
         settings: sections `model` and `dpo`, and the seed.
+
+    Raises:
+        TrainingError: a response leaves no room for a prompt.
     """
     folder, start = work / "dpo", work / "sft" / "model"
     end_ranks(folder)
     staged = _fresh(folder / "prepared")
     _, tokenizer = models.load(start)
-    lengths = _write_parts(staged / "train.parquet", _dpo_parts(pairs, tokenizer, settings))
+    lengths = _write_parts(staged / "train.parquet", _dpo_parts(lists, tokenizer, settings))
     section = settings.dpo
     batch, steps = section.batch_size * section.ranks, training_steps(len(lengths), section)
     np.save(staged / "order.npy", training_order(lengths, batch, steps, settings.seed))
@@ -235,19 +239,31 @@ def _sft_parts(
 
 
 def _dpo_parts(
-    pairs: pa.Table, tokenizer: PreTrainedTokenizerBase, settings: Settings
+    lists: pa.Table, tokenizer: PreTrainedTokenizerBase, settings: Settings
 ) -> Iterator[pa.Table]:
-    """Parts with `prompt_ids`, `chosen_ids` and `rejected_ids`, lists of int32."""
-    for chunk in _chunks(pairs, ("prompt", "chosen", "rejected")):
-        chosen = _answers(tokenizer, chunk["chosen"])
-        rejected = _answers(tokenizer, chunk["rejected"])
-        longer = [max(both, key=len) for both in zip(chosen, rejected, strict=True)]
-        prompts = _prompts(tokenizer, chunk["prompt"], longer, settings.model.max_tokens)
-        columns = {"prompt_ids": prompts, "chosen_ids": chosen, "rejected_ids": rejected}
-        yield pa.table({name: pa.array(ids, pa.list_(pa.int32())) for name, ids in columns.items()})
+    """Parts with columns `input_ids`, `branches` and `weight`: one sequence a list, its prompt read once.
+
+    The sequence is the prompt but for its last token, and then a branch an answer: that last token
+    and the answer. So every token of an answer follows what it is predicted from. `branches` is 0
+    on the prompt, 1 on the branch of the chosen, and 2 and so on where answers were rejected.
+    """
+    for chunk in _chunks(lists, ("prompt", "chosen", "rejected", "weight")):
+        texts = [[c, *r] for c, r in zip(chunk["chosen"], chunk["rejected"], strict=True)]
+        flat = iter(_answers(tokenizer, [text for each in texts for text in each]))
+        answers = [[next(flat) for _ in each] for each in texts]
+        longest = [max(each, key=len) for each in answers]
+        prompts = _prompts(tokenizer, chunk["prompt"], longest, settings.model.max_tokens)
+        inputs, branches = [], []
+        for prompt, each in zip(prompts, answers, strict=True):
+            inputs.append(prompt[:-1] + [t for answer in each for t in (prompt[-1], *answer)])
+            numbers = [n for n, answer in enumerate(each, 1) for _ in range(len(answer) + 1)]
+            branches.append([0] * (len(prompt) - 1) + numbers)
+        ids = pa.list_(pa.int32())
+        columns = {"input_ids": pa.array(inputs, ids), "branches": pa.array(branches, ids)}
+        yield pa.table({**columns, "weight": pa.array(chunk["weight"], pa.float32())})
 
 
-def _chunks(table: pa.Table, names: Sequence[str]) -> Iterator[dict[str, list[str]]]:
+def _chunks(table: pa.Table, names: Sequence[str]) -> Iterator[dict[str, list[Any]]]:
     for batch in table.select(names).to_batches(max_chunksize=CHUNK_ROWS):
         yield {name: batch[name].to_pylist() for name in names}
 
@@ -275,14 +291,13 @@ def _prompts(
 
 
 def _write_parts(path: Path, parts: Iterator[pa.Table]) -> np.ndarray:
-    """Write token ids; return the tokens of each row, int64 [rows]."""
+    """Write token ids, the first column; return the tokens of each row, int64 [rows]."""
     writer: pq.ParquetWriter | None = None
     lengths = []
     for table in parts:
         writer = writer or pq.ParquetWriter(path, table.schema)
         writer.write_table(table)
-        counted = [name for name in table.column_names if name == "tokens" or name.endswith("_ids")]
-        lengths.append(sum(pc.list_value_length(table[name]).to_numpy() for name in counted))
+        lengths.append(pc.list_value_length(table[0]).to_numpy())
     if writer is None:
         raise TrainingError("no examples to train on")
     writer.close()
@@ -359,7 +374,7 @@ def _adopt(
     fingerprint = {
         "prepared": {str(path.relative_to(staged)): _sha256(path) for path in own},
         "init": {path.name: _sha256(path) for path in sorted(init.iterdir())},
-        "settings": section.model_dump(exclude={"hostfile", "checkpoint_steps"}),
+        "settings": section.model_dump(mode="json", exclude={"hostfile", "checkpoint_steps"}),
         "deepspeed": _sha256(deepspeed_config(section)),
         "seed": settings.seed,
     }
@@ -376,7 +391,7 @@ def _adopt(
 def _clear(folder: Path) -> None:
     """Remove what this module writes; the fingerprint first, for it vouches for the rest."""
     (folder / "fingerprint.json").unlink(missing_ok=True)
-    for name in ("train.parquet", "order.npy", "rows.npz", "run.json", *RESULTS):
+    for name in ("train.parquet", "order.npy", "rows.npz", "reference.npy", "run.json", *RESULTS):
         (folder / name).unlink(missing_ok=True)
     for name in ("model", "best", "checkpoints", "init", "validation"):
         shutil.rmtree(folder / name, ignore_errors=True)

@@ -1,5 +1,7 @@
 """One rank of a training: TRL's trainers under DeepSpeed, on what `training` prepared.
 
+What of it is preference optimization is in `preference_rank`.
+
 Differences from TRL as it comes: examples arrive as token ids in the order in which steps take
 them, those of SFT packed, with a weight each; only the positions that the loss needs are projected
 onto the vocabulary; validation is constrained decoding, and the best weights are the result; a
@@ -25,7 +27,7 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from deepspeed.utils import safe_get_full_fp32_param
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from leadre_lib import model as models
@@ -33,7 +35,8 @@ from leadre_lib.decoding import BeamDecoder
 from leadre_lib.facts import write_json
 from leadre_lib.generation import decode_distinct
 from leadre_lib.packing import COLUMNS, NO_LABEL, PADDING, SHARED, Ragged, attention_mask
-from leadre_lib.settings import DecodingSettings, DpoSettings, SftSettings, TrainingSettings
+from leadre_lib.preference_rank import preference_trainer
+from leadre_lib.settings import DecodingSettings, SftSettings, TrainingSettings
 from leadre_lib.training import (
     Validation,
     deepspeed_config,
@@ -80,7 +83,7 @@ def _trainer(folder: Path, run: dict[str, Any]) -> Trainer:
     if run["stage"] == "sft":
         trainer: Trainer = _sft_trainer(folder, run, parts)
     else:
-        trainer = _dpo_trainer(folder, run, parts)
+        trainer = preference_trainer(folder, run, parts, _arguments, _score_labels_only)
     trainer.remove_callback(PrinterCallback)
     _score_labels_only(model)
     return trainer
@@ -107,30 +110,6 @@ def _sft_trainer(folder: Path, run: dict[str, Any], parts: dict[str, Any]) -> Tr
     if (folder / "validation").exists():
         trainer.add_callback(_Validator(trainer, folder, run))
     return trainer
-
-
-def _dpo_trainer(folder: Path, run: dict[str, Any], parts: dict[str, Any]) -> Trainer:
-    section = DpoSettings.model_validate(run["section"])
-    dataset = _examples(folder)
-    args = DPOConfig(
-        **_arguments(folder, section, run["seed"], len(dataset)),
-        max_length=None,
-        beta=section.beta,
-        loss_type=["sigmoid", "sft"],
-        loss_weights=[1.0, section.sft_weight],
-    )
-    reference, _ = models.load(Path(run["init"]))
-    trainer = _PreferenceTrainer(args=args, ref_model=reference, train_dataset=dataset, **parts)
-    _score_labels_only(reference)  # DeepSpeed has wrapped it, and calls it
-    return trainer
-
-
-def _examples(folder: Path) -> Dataset:
-    """The examples in the order of the steps; each step's batches lie one after the other."""
-    dataset = Dataset.from_parquet(
-        str(folder / "train.parquet"), cache_dir=str(folder / "cache"), keep_in_memory=True
-    )
-    return dataset.select(np.load(folder / "order.npy", allow_pickle=False), keep_in_memory=True)
 
 
 def _arguments(folder: Path, section: TrainingSettings, seed: int, examples: int) -> dict[str, Any]:
@@ -247,13 +226,6 @@ class PackedTrainer(SFTTrainer):
         Trainer.log(
             self, {**logs, "num_tokens": self.tokens, "num_targets": self.targets}, *args, **kwargs
         )
-
-
-class _PreferenceTrainer(DPOTrainer):
-    """DPO on examples that are token ids already."""
-
-    def _prepare_dataset(self, dataset: Dataset, *args: Any) -> Dataset:
-        return dataset
 
 
 def _score_labels_only(model: PreTrainedModel) -> None:

@@ -31,6 +31,9 @@ FLOORS: list[set[str]] = [
     },
     {
         "alignment",
+        "preferences",
+        "preference_rank",
+        "beam_pairs",
         "training",
         "training_rank",
         "decoding",

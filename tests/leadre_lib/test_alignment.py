@@ -15,7 +15,6 @@ from pyspark.sql import functions as F
 from leadre_lib.alignment import (
     eval_examples,
     next_ad_requests,
-    preference_pairs,
     sft_examples,
     synthetic_examples,
     text_tasks,
@@ -144,17 +143,6 @@ def test_all_names_lead_to_the_object_and_it_answers_with_its_first(spark: Spark
     assert sorted(told.values()) == ["a1", "a2", "a4"]
 
 
-def test_two_ads_of_one_object_are_no_pair(spark: SparkSession) -> None:
-    stream = behaviours(spark, DAY0_AD_EVENTS, DAY0_CONTENT_EVENTS)
-    users = frame(spark, "users", USERS)
-    other = EXAMPLES.model_copy(update={"cutoff": "event"})
-    apart = preference_pairs(stream, users, ids(spark), other, WINDOW, 1, PROMPT).collect()
-    assert {(row["chosen"], row["rejected"]) for row in apart} >= {("<a_0><b_0>", "<a_2><b_0>")}
-    one = preference_pairs(stream, users, siblings(spark)[1], other, WINDOW, 1, PROMPT).collect()
-    assert all(row["chosen"] != row["rejected"] for row in one)
-    assert len(one) < len(apart)
-
-
 def test_of_two_rows_of_one_event_the_same_one_stays_whatever_the_order(
     spark: SparkSession,
 ) -> None:
@@ -258,11 +246,6 @@ def test_a_planted_leak_does_not_reach_an_example(spark: SparkSession, cutoff: s
     assert "<a_2>" in prompt  # a3, clicked the day before
     titles = found["titles_to_sid:e11"]["prompt"]
     assert "Bread knife" not in titles
-    pairs = preference_pairs(stream, users, ids(spark), settings, WINDOW, 1, PROMPT).collect()
-    for row in pairs:
-        assert row["chosen_ecpm"] > row["rejected_ecpm"]
-        if row["target_time"] >= at(DAY1, 0).replace(tzinfo=None):
-            assert "<a_3>" not in row["prompt"]
 
 
 def test_cases_are_the_conversions_of_the_day_and_know_nothing_of_it(spark: SparkSession) -> None:

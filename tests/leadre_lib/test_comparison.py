@@ -10,30 +10,63 @@ import pytest
 from leadre_lib.catalogue import Catalogue, catalogue
 from leadre_lib.comparison import cases_of, verdict
 from leadre_lib.errors import LeadreError
+from leadre_lib.evaluation import WEIGHTED_HR
+from leadre_lib.settings import EvaluationSettings
 from tests.worlds import ADS, DAY0, DAY1, at, rows
 
+RULES = EvaluationSettings(tolerance=0.02, min_value_gain=0.05, max_hit_loss=0.01)
 
-def of(value: float) -> dict[str, float]:
-    return {"HR@10": value}
+
+def of(hits: float, value: float = 0.4) -> dict[str, float]:
+    return {"HR@10": hits, WEIGHTED_HR: value}
 
 
 def test_the_first_model_is_promoted() -> None:
-    told = verdict({"sft": of(0.1), "dpo": of(0.11)}, None, None, 0.02)
+    told = verdict({"sft": of(0.1)}, None, None, RULES)
     assert told["promote"]
-    assert told["challenger"] == "dpo"
+    assert told["challenger"] == "sft"
+    assert "DPO" not in told["reason"]
 
 
 @pytest.mark.parametrize(("own", "promoted"), [(0.30, True), (0.29, True), (0.27, False)])
 def test_a_challenger_may_lose_no_more_than_the_tolerance(own: float, promoted: bool) -> None:
-    told = verdict({"sft": of(own)}, "old", of(0.30), 0.02)
+    told = verdict({"sft": of(own)}, "old", of(0.30), RULES)
     assert told["promote"] is promoted
     assert "old" in told["reason"]
 
 
-def test_dpo_that_forgets_is_left_out() -> None:
-    told = verdict({"sft": of(0.3), "dpo": of(0.2)}, None, None, 0.02)
+@pytest.mark.parametrize(
+    ("hits", "value", "taken"),
+    [
+        (0.300, 0.421, True),
+        (0.298, 0.421, True),
+        (0.310, 0.421, True),
+        (0.296, 0.421, False),  # more than a hundredth of the hits is lost
+        (0.300, 0.419, False),  # less than a twentieth of the value is gained
+        (0.400, 0.400, False),
+        (0.200, 0.300, False),
+    ],
+)
+def test_dpo_challenges_if_it_gains_value_and_keeps_the_hits(
+    hits: float, value: float, taken: bool
+) -> None:
+    told = verdict({"sft": of(0.3), "dpo": of(hits, value)}, "old", of(0.3), RULES)
+    assert told["challenger"] == ("dpo" if taken else "sft")
+    assert told["valid"] == (of(hits, value) if taken else of(0.3))
+    assert ("DPO was taken" in told["reason"]) is taken
+    for figure in (f"{value:.4f} against 0.4000", f"{hits:.4f} against 0.3000", "+5.0%", "-1.0%"):
+        assert figure in told["reason"]
+
+
+def test_dpo_that_cannot_be_judged_by_value_is_left_out() -> None:
+    told = verdict({"sft": {"HR@10": 0.3}, "dpo": {"HR@10": 0.4}}, None, None, RULES)
     assert told["challenger"] == "sft"
-    assert "DPO was left out" in told["reason"]
+    assert "no eCPM" in told["reason"]
+
+
+def test_dpo_is_not_taken_for_hitting_nothing_of_value() -> None:
+    told = verdict({"sft": of(0.3, 0.0), "dpo": of(0.3, 0.0)}, None, None, RULES)
+    assert told["challenger"] == "sft"
 
 
 def semantic_ids(names: list[str], codebook: str = "book") -> list[dict[str, object]]:

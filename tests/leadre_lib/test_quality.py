@@ -92,6 +92,7 @@ def test_the_ecpm_order_of_a_pair_is_checked(
 ) -> None:
     pair = {
         "pair_id": "p",
+        "origin": "value",
         "user_id": "u",
         "prompt": "p",
         "chosen": "<a_0>",
@@ -104,6 +105,9 @@ def test_the_ecpm_order_of_a_pair_is_checked(
     }
     failed = outcomes(spark, settings, lake, "preference_pairs", [pair])
     assert failed == ["expect_column_pair_values_a_to_be_greater_than_b"]
+    # A conversion is preferred to a dismissal whatever they are worth.
+    other = {**pair, "origin": "dismissal"}
+    assert outcomes(spark, settings, lake, "preference_pairs", [other]) == []
 
 
 def test_a_critical_failure_publishes_nothing_and_says_why(

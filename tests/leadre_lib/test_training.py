@@ -140,14 +140,16 @@ def test_other_examples_start_over(
 
 
 def test_dpo_goes_on_from_sft(trained: Path, examples: pa.Table, settings: Settings) -> None:
-    pairs = pa.table(
+    others = examples["response"].take(pa.array(np.roll(np.arange(EXAMPLES), 1)))
+    lists = pa.table(
         {
             "prompt": examples["prompt"],
             "chosen": examples["response"],
-            "rejected": examples["response"].take(pa.array(np.roll(np.arange(EXAMPLES), 1))),
+            "rejected": [[other] for other in others.to_pylist()],
+            "weight": np.ones(EXAMPLES),
         }
     )
-    training.prepare_dpo(pairs, trained, settings)
+    training.prepare_dpo(lists, trained, settings)
     training.run_ranks("dpo", trained, settings)
     curve = json.loads((trained / "dpo" / "loss.json").read_text())
     sft = json.loads((trained / "sft" / "loss.json").read_text())
