@@ -42,6 +42,7 @@ FLOORS: list[set[str]] = [
         "synthetic",
         "indexes",
         "evaluation",
+        "sasrec",
         "comparison",
         "quality",
     },
