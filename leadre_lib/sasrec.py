@@ -158,7 +158,7 @@ def _hold_out(
     lengths = np.diff(histories.offsets)
     able = np.flatnonzero(lengths > 1)
     chosen = np.zeros(len(lengths), bool)
-    chosen[rng.permutation(able)[: min(most, (len(able) + 1) // 2)]] = True
+    chosen[rng.permutation(able)[: min(most, len(able) // 2)]] = True
     last = np.zeros(len(histories.values), bool)
     last[histories.offsets[1:][chosen] - 1] = True
     known = Histories(_offsets(lengths - chosen), histories.values[~last])

@@ -137,13 +137,13 @@ def test_little_or_nothing_to_learn_from_gives_finite_scores(
 
 @pytest.mark.parametrize(("most", "drawn"), [(0, 0), (1, 1), (9, 2)])
 def test_held_out_items_are_last_ones_and_no_longer_known(most: int, drawn: int) -> None:
-    lists = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]]
+    lists = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10], [11, 12]]
     known, held, target = module._hold_out(Histories.of(lists), most, np.random.default_rng(0))
-    assert len(held) == len(target) == drawn  # of three who have two items, two at most
+    assert len(held) == len(target) == drawn  # of the four who have two items, two at most
     whole = {items[-1]: items for items in lists}
     for number, item in enumerate(target):
         assert [*held.slice(number, number + 1).values, item] == whole[item]
-    assert sorted([*known.values, *target]) == list(range(1, 11))
+    assert sorted([*known.values, *target]) == list(range(1, 13))
     assert len(known) == len(lists)
     assert (np.diff(known.offsets) > 0).all()
 
