@@ -33,7 +33,8 @@ from leadre_lib.spark import session
 log = logging.getLogger(__name__)
 
 STAGES = ("sft", "dpo")
-BEHAVIOUR_COLUMNS = ["user_id", "domain", "event_type", "item_id"]
+IN_ORDER = ["user_id", "event_time", "event_id"]
+BEHAVIOUR_COLUMNS = [*IN_ORDER, "domain", "event_type", "item_id"]
 
 
 def _models(settings: Settings, ds: dt.date) -> dict[str, Path]:
@@ -49,7 +50,7 @@ def _past(settings: Settings, lake: Lake, ds: dt.date) -> pa.Table:
     first = ds - dt.timedelta(days=settings.interests.window_days)
     days = [day for day in lake.days("behaviours") if first <= day < ds]
     past = pa.concat_tables([lake.read("behaviours", day, BEHAVIOUR_COLUMNS) for day in days])
-    return past.sort_by([(name, "ascending") for name in BEHAVIOUR_COLUMNS])
+    return past.sort_by([(name, "ascending") for name in IN_ORDER])
 
 
 def _measure(
@@ -100,9 +101,9 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     verdict = comparison.verdict(
         stages, champion.id if champion else None, theirs, settings.evaluation
     )
-    users, items = comparison.interactions(_past(settings, lake, ds), ads)
+    past = comparison.interactions(_past(settings, lake, ds), ads)
     titles = embed(ads.objects["title"].to_pylist(), settings.embedding, settings.cache)
-    baselines = comparison.baseline_scorers(users, items, titles)
+    baselines = comparison.baseline_scorers(past, titles, settings.sasrec, settings.seed)
     rows = []
     for split, cases in splits.items():
         results = {

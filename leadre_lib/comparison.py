@@ -25,7 +25,8 @@ from leadre_lib.evaluation import (
     rank_metrics,
 )
 from leadre_lib.generation import decode_distinct
-from leadre_lib.settings import EvaluationSettings
+from leadre_lib.sasrec import sasrec
+from leadre_lib.settings import EvaluationSettings, SasrecSettings
 
 GATE = "HR@10"
 
@@ -63,27 +64,57 @@ def cases_of(examples: pa.Table, catalogue: Catalogue) -> Cases:
     )
 
 
-def interactions(behaviours: pa.Table, catalogue: Catalogue) -> tuple[np.ndarray, np.ndarray]:
-    """User numbers and object rows of the clicks and conversions that baselines learn from."""
+@dataclass(frozen=True)
+class Interactions:
+    """Clicks and conversions that baselines learn from, each user's in the order of time.
+
+    Attributes:
+        users: int64, a number a user.
+        rows: int64, marketing objects.
+        again: bool, whether the user had clicked on the same object just before. A click and the
+            conversion that follows it are one step of a history; two conversions are two.
+    """
+
+    users: np.ndarray
+    rows: np.ndarray
+    again: np.ndarray
+
+
+def interactions(behaviours: pa.Table, catalogue: Catalogue) -> Interactions:
+    """The clicks and conversions on ads of the catalogue.
+
+    Args:
+        behaviours: `user_id`, `domain`, `event_type` and `item_id`, ordered by user and time.
+    """
     chosen = pc.and_(
         pc.equal(behaviours["domain"], "ad"),
         pc.is_in(behaviours["event_type"], pa.array(["click", "conversion"])),
     )
     taken = behaviours.filter(chosen)
     rows = catalogue.object_rows(taken["item_id"])
+    known = rows >= 0
     users = taken["user_id"].combine_chunks().dictionary_encode().indices.to_numpy()
-    return users[rows >= 0].astype(np.int64), rows[rows >= 0]
+    users, rows = users[known].astype(np.int64), rows[known]
+    clicked = pc.equal(taken["event_type"], "click").to_numpy()[known]
+    again = np.zeros(len(rows), bool)
+    again[1:] = (users[1:] == users[:-1]) & (rows[1:] == rows[:-1]) & clicked[:-1]
+    return Interactions(users, rows, again)
 
 
 def baseline_scorers(
-    users: np.ndarray, rows: np.ndarray, embeddings: np.ndarray
+    past: Interactions, embeddings: np.ndarray, settings: SasrecSettings, seed: int
 ) -> dict[str, Scorer]:
-    """The baselines by name; see `interactions`, and `embeddings` float32 [objects, dim]."""
-    return {
-        "popularity": popularity(rows, len(embeddings)),
-        "item-knn": item_knn(users, rows, len(embeddings)),
+    """The baselines by name, SASRec only if it has epochs; `embeddings` float32 [objects, dim]."""
+    objects = len(embeddings)
+    scorers = {
+        "popularity": popularity(past.rows, objects),
+        "item-knn": item_knn(past.users, past.rows, objects),
         "nearest-titles": nearest_titles(embeddings),
     }
+    if settings.epochs:
+        steps = ~past.again
+        scorers["sasrec"] = sasrec(past.users[steps], past.rows[steps], objects, settings, seed)
+    return scorers
 
 
 def baseline_metrics(

@@ -295,6 +295,24 @@ class EvaluationSettings(Section):
     exclude_seen: bool = False
 
 
+class SasrecSettings(Section):
+    """The baseline SASRec. What it costs grows with interactions times marketing objects."""
+
+    epochs: int = Field(40, ge=0, description="at most; 0 leaves the baseline out")
+    patience: PositiveInt = Field(8, description="epochs without a better one before it stops")
+    held_out: int = Field(
+        500, ge=0, description="users, no more than half, whose last interactions choose the epoch"
+    )
+    window: PositiveInt = Field(50, description="latest items of a history that are read")
+    dim: PositiveInt = 64
+    heads: PositiveInt = 1
+    blocks: PositiveInt = 2
+    dropout: Fraction = Field(0.5, ge=0, lt=1)
+    batch_size: PositiveInt = Field(64, description="windows")
+    learning_rate: float = Field(3e-3, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+
+
 class InferenceSettings(Section):
     """Bulk inference."""
 
@@ -355,6 +373,7 @@ class Settings(BaseSettings):
     dpo: DpoSettings = DpoSettings()
     decoding: DecodingSettings = DecodingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    sasrec: SasrecSettings = SasrecSettings()
     inference: InferenceSettings = InferenceSettings()
     spark: SparkSettings = SparkSettings()
     chain: ChainSettings = ChainSettings()

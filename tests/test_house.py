@@ -46,6 +46,7 @@ FLOORS: list[set[str]] = [
         "synthetic",
         "indexes",
         "evaluation",
+        "sasrec",
         "comparison",
         "quality",
     },

@@ -5,13 +5,14 @@ from __future__ import annotations
 import datetime as dt
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from leadre_lib.catalogue import Catalogue, catalogue
-from leadre_lib.comparison import cases_of, verdict
+from leadre_lib.comparison import baseline_scorers, cases_of, interactions, verdict
 from leadre_lib.errors import LeadreError
-from leadre_lib.evaluation import WEIGHTED_HR
-from leadre_lib.settings import EvaluationSettings
+from leadre_lib.evaluation import WEIGHTED_HR, Histories
+from leadre_lib.settings import EvaluationSettings, SasrecSettings
 from tests.worlds import ADS, DAY0, DAY1, at, rows
 
 RULES = EvaluationSettings(tolerance=0.02, min_value_gain=0.05, max_hit_loss=0.01)
@@ -122,3 +123,45 @@ def test_cases_become_rows_and_forgotten_ads_leave_histories() -> None:
     assert cases.histories.offsets.tolist() == [0, 2, 2]
     assert cases.histories.values.tolist() == [1, 0]
     assert np.isnan(cases.ecpm).tolist() == [True, False]
+
+
+def past(events: list[tuple[str, str, str]]) -> pa.Table:
+    """User, event type and ad of behaviours, in the order given."""
+    users, kinds, ads = zip(*events, strict=True)
+    domain = ["content" if kind == "play" else "ad" for kind in kinds]
+    return pa.table({"user_id": users, "domain": domain, "event_type": kinds, "item_id": ads})
+
+
+def test_interactions_keep_the_order_and_know_a_click_that_was_converted_on() -> None:
+    events = [
+        ("u1", "click", "a2"),
+        ("u1", "impression", "a2"),
+        ("u1", "conversion", "a2"),  # again: nothing but an impression since the click
+        ("u1", "conversion", "a2"),  # a second one is another step
+        ("u1", "click", "a1"),
+        ("u1", "play", "a1"),
+        ("u1", "click", "gone"),
+        ("u1", "click", "a3"),
+        ("u2", "conversion", "a3"),  # somebody else's
+    ]
+    found = interactions(past(events), small())
+    assert found.users.tolist() == [0, 0, 0, 0, 0, 1]
+    assert found.rows.tolist() == [1, 1, 1, 0, 2, 2]
+    assert found.again.tolist() == [False, True, False, False, False, False]
+
+
+def test_baselines_are_all_there_and_sasrec_learns_a_visit_as_one_step() -> None:
+    visits = [(f"u{n}", kind, "a2") for n in range(6) for kind in ("click", "conversion")]
+    once = [(f"u{n}", "conversion", "a2") for n in range(6)]
+    titles, cases = np.eye(4, dtype=np.float32), Histories.of([[1], []])
+    settings = SasrecSettings(epochs=2, dim=4, dropout=0)
+    found, plain = (
+        baseline_scorers(interactions(past(events), small()), titles, settings, 3)
+        for events in (visits, once)
+    )
+    assert list(found) == ["popularity", "item-knn", "nearest-titles", "sasrec"]
+    assert all(scorer(cases).shape == (2, 4) for scorer in found.values())
+    assert (found["sasrec"](cases) == plain["sasrec"](cases)).all()
+    none = settings.model_copy(update={"epochs": 0})
+    left = baseline_scorers(interactions(past(once), small()), titles, none, 3)
+    assert list(left) == ["popularity", "item-knn", "nearest-titles"]
