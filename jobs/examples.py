@@ -45,8 +45,15 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
             histories = read(spark, lake, "synthetic_histories", [ds])
             examples = sft_examples(past, users, ads, ids, *options).unionAll(
                 synthetic_examples(
-                    histories, users, ads, ids, ds, settings.interests, settings.prompt
-                )
+                    histories,
+                    users,
+                    ads,
+                    ids,
+                    ds,
+                    settings.interests,
+                    settings.prompt,
+                    settings.examples.task_weights.synthetic_next_ad,
+                ).where("weight > 0")
             )
             pairs = preference_pairs(past, users, ids, *options)
             known = past.unionAll(arrived)

@@ -9,10 +9,13 @@ so.
 from __future__ import annotations
 
 import argparse
+import datetime as dt
 import logging
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from jobs.command import main, parser
 from leadre_lib import facts
@@ -24,6 +27,7 @@ from leadre_lib.settings import Settings
 
 if TYPE_CHECKING:
     from leadre_lib.quantisers import Codebook
+    from leadre_lib.training import Validation
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +39,32 @@ def _sid_vectors(codebook: Codebook, tokens: int) -> np.ndarray:
     centroids = np.concatenate(codebook.centroids())
     rest = np.full((tokens - len(centroids), centroids.shape[1]), np.nan, np.float32)
     return np.concatenate([centroids, rest])
+
+
+def _validation(settings: Settings, lake: Lake, ds: dt.date) -> Validation | None:
+    """A sample of the day's validation cases, on which the best weights are chosen."""
+    from leadre_lib.catalogue import catalogue
+    from leadre_lib.comparison import cases_of
+    from leadre_lib.constraint_index import ConstraintIndex
+    from leadre_lib.generation import sid_sizes
+    from leadre_lib.quantisers import Codebook
+    from leadre_lib.training import Validation
+
+    examples = lake.read("eval_examples", ds).sort_by("case_id")
+    examples = examples.filter(pc.equal(examples["split"], "valid"))
+    if not settings.sft.validation_cases or not len(examples):
+        return None
+    rng = np.random.default_rng(settings.seed)
+    count = min(len(examples), settings.sft.validation_cases)
+    drawn = np.sort(rng.choice(len(examples), count, replace=False))
+    ads = catalogue(lake.read("ads", ds), lake.read("ad_semantic_ids", ds), ds)
+    cases = cases_of(examples.take(pa.array(drawn)), ads)
+    sizes = sid_sizes(Codebook.load(settings.codebooks / ads.codebook).sizes, settings)
+    index = ConstraintIndex.build(ads.codes, sizes, ads.active_objects, codebook=ads.codebook)
+    seen = None
+    if settings.evaluation.exclude_seen:
+        seen = np.split(cases.histories.values, cases.histories.offsets[1:-1])
+    return Validation(cases.prompts, cases.target, seen, index)
 
 
 def run(args: argparse.Namespace, settings: Settings) -> None:
@@ -73,6 +103,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
         settings,
         vocabulary,
         _sid_vectors(codebook, len(vocabulary)),
+        _validation(settings, lake, ds),
     )
     run_ranks("sft", settings.work(ds), settings)
     facts.record(

@@ -10,6 +10,7 @@ Knows nothing of models, and nothing of how the tables are published.
 from __future__ import annotations
 
 import datetime as dt
+from functools import reduce
 
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
@@ -21,6 +22,7 @@ from leadre_lib.settings import ExampleSettings, InterestSettings, PromptSetting
 from leadre_lib.templates import load_template
 
 DRAW_RANGE = 1 << 24
+MAX_VALUE = 10.0  # one absurd eCPM must not outweigh all other targets
 TARGET_EVENTS = ("click", "conversion")
 
 
@@ -62,21 +64,17 @@ def next_ad_requests(
 ) -> DataFrame:
     """Which targets become examples: the latest of each user, then a draw down to the cap.
 
-    A target of weight below 1, a click, is drawn with that probability. A scene, where one is
-    known, is told with the probability `scene_fraction`: nightly prompts are for no scene.
+    A scene, where one is known, is told with the probability `scene_fraction`: nightly prompts are
+    for no scene. For the weight, see `value_weight`.
 
     Returns:
         request_id, user_id, cutoff, target_time, ad_id, weight, scene (null: not told).
     """
     told = (F.col("scene") != "") & (draw(seed + 6, "event_id") < F.lit(scene_fraction))
-    weight = F.when(F.col("event_type") == "conversion", F.lit(1.0)).otherwise(
-        F.lit(settings.click_weight)
-    )
     latest = Window.partitionBy("user_id").orderBy(F.desc("event_time"), F.desc("event_id"))
     drawn = (
-        ad_targets(behaviours)
-        .withColumn("weight", weight)
-        .where(draw(seed + 5, "event_id") < F.col("weight"))
+        value_weight(ad_targets(behaviours), settings)
+        .where(F.col("weight") > 0)
         .withColumn("place", F.row_number().over(latest))
         .where(F.col("place") <= settings.targets_per_user)
         .withColumn("draw", draw(seed, "event_id"))
@@ -94,6 +92,29 @@ def next_ad_requests(
     )
 
 
+def value_weight(targets: DataFrame, settings: ExampleSettings) -> DataFrame:
+    """Targets with their `weight`: how deep the event is, and what it is worth.
+
+    A conversion weighs 1, a click `click_weight`; that is multiplied by the eCPM over the mean of
+    all targets to the power `value_power`, at most `MAX_VALUE`. Without eCPM the factor is 1.
+    Value-weighted fine-tuning is that of GPR (arXiv 2511.10138).
+    """
+    depth = F.when(F.col("event_type") == "conversion", F.lit(1.0)).otherwise(
+        F.lit(settings.click_weight)
+    )
+    if not settings.value_power:
+        return targets.withColumn("weight", depth)
+    mean = targets.select(F.round(F.avg("ecpm"), 6).alias("mean_ecpm"))
+    value = F.least(
+        F.pow(F.col("ecpm") / F.col("mean_ecpm"), settings.value_power), F.lit(MAX_VALUE)
+    )
+    return (
+        targets.crossJoin(mean)
+        .withColumn("weight", F.round(depth * F.coalesce(value, F.lit(1.0)), 6))
+        .drop("mean_ecpm")
+    )
+
+
 def sft_examples(
     behaviours: DataFrame,
     users: DataFrame,
@@ -104,7 +125,7 @@ def sft_examples(
     seed: int,
     prompt: PromptSettings,
 ) -> DataFrame:
-    """The <Prompt, Response> rows of the main task and the three semantic tasks.
+    """The <Prompt, Response> rows of the tasks on users and on ads; see `synthetic_examples`, too.
 
     Args:
         behaviours: of the days before the day; nothing else is learnt from.
@@ -117,36 +138,41 @@ def sft_examples(
     known = interests(requests, behaviours, window, prompt.content)
     known = known.where(F.col("known_items") >= settings.min_behaviours)
     told = prompts(known, users, semantic_ids, prompt).join(semantic_ids, "ad_id")
-    next_ad = told.select(
-        F.concat(F.lit("next_ad:"), F.col("request_id")).alias("example_id"),
-        F.lit("next_ad").alias("task"),
-        "prompt",
-        F.col("semantic_id").alias("response"),
-        "weight",
-        "user_id",
-        "ad_id",
-        "target_time",
-        "codebook",
-        "template",
-    )
-    by_titles = told.where(
-        draw(seed + 1, "request_id") < F.lit(settings.titles_to_sid_fraction)
-    ).select(
-        F.concat(F.lit("titles_to_sid:"), F.col("request_id")).alias("example_id"),
-        F.lit("titles_to_sid").alias("task"),
-        F.col("title_prompt").alias("prompt"),
-        F.col("semantic_id").alias("response"),
-        "weight",
-        "user_id",
-        "ad_id",
-        "target_time",
-        "codebook",
-        "template",
-    )
-    return next_ad.unionAll(by_titles).unionAll(text_tasks(ads, semantic_ids, prompt))
+    told = told.join(ads.select("ad_id", "category"), "ad_id", "left")
+    moment = F.unix_micros("cutoff").cast("string")
+    sid = F.col("semantic_id")
+
+    def rows(chosen: DataFrame, task: str, prompt: str, response: Column) -> DataFrame:
+        # Next ads and their categories are asked of one prompt, but for its last lines.
+        words = "titles" if prompt == "title_prompt" else "ids"
+        return chosen.select(
+            F.concat(F.lit(f"{task}:"), F.col("request_id")).alias("example_id"),
+            F.lit(task).alias("task"),
+            F.concat_ws(":", F.lit(words), "user_id", moment).alias("request_id"),
+            F.col(prompt).alias("prompt"),
+            response.alias("response"),
+            (F.col("weight") * F.lit(getattr(settings.task_weights, task))).alias("weight"),
+            "user_id",
+            "ad_id",
+            "target_time",
+            "codebook",
+            "template",
+        )
+
+    by_titles = draw(seed + 1, "request_id") < F.lit(settings.titles_to_sid_fraction)
+    category = plain(F.col("category"))
+    made = [
+        rows(told, "next_ad", "prompt", sid),
+        rows(told.where(by_titles), "titles_to_sid", "title_prompt", sid),
+        rows(told.where(category != ""), "next_category", "intent_prompt", category),
+        text_tasks(ads, semantic_ids, settings, prompt),
+    ]
+    return reduce(DataFrame.unionAll, made).where(F.col("weight") > 0)
 
 
-def text_tasks(ads: DataFrame, semantic_ids: DataFrame, prompt: PromptSettings) -> DataFrame:
+def text_tasks(
+    ads: DataFrame, semantic_ids: DataFrame, settings: ExampleSettings, prompt: PromptSettings
+) -> DataFrame:
     """Name and type of each ad to the Semantic ID of its marketing object, and back to the name
     and type of the object's first ad (see `catalogue.marketing_objects`).
     """
@@ -164,9 +190,10 @@ def text_tasks(ads: DataFrame, semantic_ids: DataFrame, prompt: PromptSettings) 
         return described.select(
             F.concat(F.lit(f"{task}:"), F.col("ad_id")).alias("example_id"),
             F.lit(task).alias("task"),
+            F.lit(None).cast("string").alias("request_id"),
             prompt.alias("prompt"),
             response.alias("response"),
-            F.lit(1.0).alias("weight"),
+            F.lit(getattr(settings.task_weights, task)).alias("weight"),
             F.lit(None).cast("string").alias("user_id"),
             "ad_id",
             F.lit(None).cast("timestamp").alias("target_time"),
@@ -190,6 +217,7 @@ def synthetic_examples(
     ds: dt.date,
     window: InterestSettings,
     prompt: PromptSettings,
+    weight: float = 1.0,
 ) -> DataFrame:
     """Synthetic histories as <Prompt, Response> rows: of somebody unknown, who converted on an ad a
     day up to the day before `ds`, and to whom the last ad of the history comes next.
@@ -197,6 +225,7 @@ def synthetic_examples(
     Args:
         histories: rows of the table `synthetic_histories`.
         users, ads, semantic_ids: as `sft_examples` takes them.
+        weight: of each example.
 
     Returns:
         The columns of the contract `sft_examples`.
@@ -227,9 +256,10 @@ def synthetic_examples(
     return told.join(semantic_ids, "ad_id").select(
         F.concat(F.lit("synthetic_next_ad:"), F.col("request_id")).alias("example_id"),
         F.lit("synthetic_next_ad").alias("task"),
+        F.lit(None).cast("string").alias("request_id"),
         "prompt",
         F.col("semantic_id").alias("response"),
-        F.lit(1.0).alias("weight"),
+        F.lit(weight).alias("weight"),
         F.lit(None).cast("string").alias("user_id"),
         "ad_id",
         F.lit(None).cast("timestamp").alias("target_time"),

@@ -132,7 +132,8 @@ def prompts(
 
     Returns:
         The columns of `requests` with `prompt`, in which ads stand as Semantic IDs, `title_prompt`,
-        in which they stand by their titles, `prompt_hash`, the SHA-256 of a prompt with dates
+        in which they stand by their titles, `intent_prompt`, which asks for the category of the
+        next ad, `prompt_hash`, the SHA-256 of a prompt with dates
         in place of days ago: equal as long as there is nothing new to say, and `template`, the
         version of the words.
 
@@ -153,16 +154,18 @@ def prompts(
         after.append(long_term_sentence(words.long_term))
     if "scene" in requests.columns:
         after.append(fill(words.scene, scene=plain(F.col("scene"))))
-    after.append(F.lit(f"{words.question}\n{words.answer}"))
 
-    def text(short_term: str) -> Column:
+    def text(short_term: str, question: str, answer: str) -> Column:
         told = [F.col(short_term)] if settings.short_term else []
-        return F.concat_ws("\n", *before, *told, *after)
+        return F.concat_ws("\n", *before, *told, *after, F.lit(f"{question}\n{answer}"))
+
+    asked = words.question, words.answer
 
     return (
-        known.withColumn("prompt", text("with_ids"))
-        .withColumn("title_prompt", text("with_titles"))
-        .withColumn("prompt_hash", F.sha2(text("with_dates"), 256))
+        known.withColumn("prompt", text("with_ids", *asked))
+        .withColumn("title_prompt", text("with_titles", *asked))
+        .withColumn("intent_prompt", text("with_ids", words.intent_question, words.intent_answer))
+        .withColumn("prompt_hash", F.sha2(text("with_dates", *asked), 256))
         .withColumn("template", F.lit(words.version))
         .drop("profile", "with_ids", "with_titles", "with_dates")
     )

@@ -90,7 +90,9 @@ class Ways:
             weight = np.full(len(before), settings.decay ** (gap - 1))
             parts.append((before, after, weight, fold[users[gap:][near]]))
             parts.append((after, before, BACKWARDS * weight, fold[users[gap:][near]]))
-        source, target, weight, owner = (np.concatenate(column) for column in zip(*parts))
+        source, target, weight, owner = (
+            np.concatenate(column) for column in zip(*parts, strict=True)
+        )
         kept = source != target
         self._pairs = source[kept], target[kept], weight[kept], owner[kept]
         # A user who takes an object twice is one who took it.

@@ -102,12 +102,27 @@ class PromptSettings(Section):
     )
 
 
-class ExampleSettings(Section):
-    """How many training and evaluation examples are drawn."""
+class TaskWeights(Section):
+    """What an example of each task weighs in the loss; 0: there are none of it."""
 
+    next_ad: float = Field(1.0, ge=0)
+    titles_to_sid: float = Field(1.0, ge=0)
+    next_category: float = Field(0.25, ge=0)
+    text_to_sid: float = Field(1.0, ge=0)
+    sid_to_text: float = Field(1.0, ge=0)
+    synthetic_next_ad: float = Field(1.0, ge=0)
+
+
+class ExampleSettings(Section):
+    """How many training and evaluation examples are drawn, and what they weigh."""
+
+    task_weights: TaskWeights = TaskWeights()
     targets_per_user: PositiveInt = 3
     max_next_ad_examples: PositiveInt = 2500
-    click_weight: float = Field(0.5, ge=0)
+    click_weight: float = Field(0.5, ge=0, description="of a click, where a conversion weighs 1")
+    value_power: float = Field(
+        0.25, ge=0, le=1, description="of a target's eCPM over the mean, in its weight; 0: none"
+    )
     min_behaviours: int = Field(1, ge=0)
     titles_to_sid_fraction: Fraction = Field(0.05, ge=0, le=1)
     synthetic_per_ad: int = Field(3, ge=0, description="walks from ad to similar ad; 0: none")

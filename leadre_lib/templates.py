@@ -102,6 +102,8 @@ class Template(Section):
     scene: Annotated[str, _holds("scene")]
     question: Line
     answer: Line
+    intent_question: Line
+    intent_answer: Line
     ad: AdTemplate
 
     @property
@@ -117,11 +119,24 @@ class Template(Section):
             "answer": self.answer,
         }
 
+    @property
+    def asked(self) -> dict[str, tuple[str, str]]:
+        """What the last two lines of a prompt may be: of the next ad, or of its category."""
+        return {
+            "question": (self.question, self.intent_question),
+            "answer": (self.answer, self.intent_answer),
+        }
+
     @functools.cached_property
     def patterns(self) -> dict[str, re.Pattern[str]]:
         """What a line of each part looks like; a placeholder is a group."""
         return {
-            part: re.compile("(.*)".join(map(re.escape, PLACEHOLDER.split(line)[::2])))
+            part: re.compile(
+                "|".join(
+                    "(.*)".join(map(re.escape, PLACEHOLDER.split(line)[::2]))
+                    for line in self.asked.get(part, (line,))
+                )
+            )
             for part, line in self.lines.items()
         }
 
@@ -245,5 +260,5 @@ def _parse(text: str, template: Template) -> Prompt | None:
             return None
         parts.append((part, line))
         left = left[left.index(part) + 1 :]
-    whole = not left and parts[0][0] == "role" and ("question", template.question) in parts
+    whole = not left and parts[0][0] == "role" and parts[-2][0] == "question"
     return Prompt(template, tuple(parts)) if whole else None

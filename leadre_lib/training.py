@@ -241,7 +241,7 @@ def _sft_parts(
 def _dpo_parts(
     lists: pa.Table, tokenizer: PreTrainedTokenizerBase, settings: Settings
 ) -> Iterator[pa.Table]:
-    """Parts with columns `input_ids`, `branches` and `weight`: one sequence a list, its prompt read once.
+    """Parts with `input_ids`, `branches` and `weight`: one sequence a list, its prompt read once.
 
     The sequence is the prompt but for its last token, and then a branch an answer: that last token
     and the answer. So every token of an answer follows what it is predicted from. `branches` is 0

@@ -161,7 +161,7 @@ class Rows:
         return len(self.rows.lengths)
 
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
-        """Tokens, positions, branches, labels, weights and `documents`, each [tokens of the row]."""
+        """Tokens, positions, branches, labels, weights, `documents`, each [tokens of the row]."""
         chosen = self.rows.values[self.rows.offsets[row] : self.rows.offsets[row + 1]]
         taken = self.parts.take(pa.array(chosen))
         found = {name: taken[name].combine_chunks().flatten().to_numpy() for name in COLUMNS}
@@ -170,7 +170,7 @@ class Rows:
 
 
 def collate(rows: list[dict[str, np.ndarray]], padding: int) -> dict[str, torch.Tensor]:
-    """A batch of rows [rows, tokens of the longest], padded at their ends by the token `padding`."""
+    """A batch of rows [rows, tokens of the longest], padded at the end by the token `padding`."""
     fill = {"tokens": padding, "labels": NO_LABEL, "documents": PADDING}
     longest = max(len(row["tokens"]) for row in rows)
     batch = {}
