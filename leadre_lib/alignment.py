@@ -22,7 +22,7 @@ from leadre_lib.settings import ExampleSettings, InterestSettings, PromptSetting
 from leadre_lib.templates import load_template
 
 DRAW_RANGE = 1 << 24
-MAX_VALUE = 10.0  # one absurd eCPM must not outweigh all other targets
+MAX_VALUE = 10.0  # one absurd eCPM must not outweigh all other targets, nor one of 0 be lost
 TARGET_EVENTS = ("click", "conversion")
 
 
@@ -96,7 +96,7 @@ def value_weight(targets: DataFrame, settings: ExampleSettings) -> DataFrame:
     """Targets with their `weight`: how deep the event is, and what it is worth.
 
     A conversion weighs 1, a click `click_weight`; that is multiplied by the eCPM over the mean of
-    all targets to the power `value_power`, at most `MAX_VALUE`. Without eCPM the factor is 1.
+    all targets to the power `value_power`, within a factor of `MAX_VALUE`. Without eCPM the factor is 1.
     Value-weighted fine-tuning is that of GPR (arXiv 2511.10138).
     """
     depth = F.when(F.col("event_type") == "conversion", F.lit(1.0)).otherwise(
@@ -104,14 +104,15 @@ def value_weight(targets: DataFrame, settings: ExampleSettings) -> DataFrame:
     )
     if not settings.value_power:
         return targets.withColumn("weight", depth)
-    mean = targets.select(F.round(F.avg("ecpm"), 6).alias("mean_ecpm"))
-    value = F.least(
-        F.pow(F.col("ecpm") / F.col("mean_ecpm"), settings.value_power), F.lit(MAX_VALUE)
-    )
+    mean = targets.select(F.nullif(F.round(F.avg("ecpm"), 6), F.lit(0.0)).alias("mean_ecpm"))
+    # A product, since Sail takes a quotient for one by zero when it moves a filter on the weight.
+    power = settings.value_power
+    value = F.pow("ecpm", F.lit(power)) * F.pow("mean_ecpm", F.lit(-power))
+    # `least` passes over a null, so that what has no eCPM must be told apart first.
+    bounded = F.greatest(F.least(value, F.lit(MAX_VALUE)), F.lit(1 / MAX_VALUE))
+    factor = F.when(value.isNull(), F.lit(1.0)).otherwise(bounded)
     return (
-        targets.crossJoin(mean)
-        .withColumn("weight", F.round(depth * F.coalesce(value, F.lit(1.0)), 6))
-        .drop("mean_ecpm")
+        targets.crossJoin(mean).withColumn("weight", F.round(depth * factor, 6)).drop("mean_ecpm")
     )
 
 

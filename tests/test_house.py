@@ -31,6 +31,8 @@ FLOORS: list[set[str]] = [
     },
     {
         "alignment",
+        "packing",
+        "relations",
         "preferences",
         "preference_rank",
         "beam_pairs",

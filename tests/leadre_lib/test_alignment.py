@@ -131,7 +131,7 @@ def siblings(spark: SparkSession) -> tuple[DataFrame, DataFrame]:
 
 
 def test_all_names_lead_to_the_object_and_it_answers_with_its_first(spark: SparkSession) -> None:
-    rows = text_tasks(*siblings(spark), PROMPT).collect()
+    rows = text_tasks(*siblings(spark), EXAMPLES, PROMPT).collect()
     asked = {r["ad_id"]: r["response"] for r in rows if r["task"] == "text_to_sid"}
     assert asked == {
         "a1": "<a_0><b_0>",
@@ -300,7 +300,7 @@ def test_outside_text_cannot_break_the_structure(spark: SparkSession) -> None:
         )
         assert click.endswith("*<a_0><b_0>")
         assert "nurse" not in row["prompt"]  # a field of blanks is not known
-        for task in text_tasks(ads, ids(spark), settings).collect():
+        for task in text_tasks(ads, ids(spark), EXAMPLES, settings).collect():
             assert len(task["prompt"].split("\n")) == 2
             assert "<a_0><b_0>" in (task["prompt"], task["response"])[task["task"] == "text_to_sid"]
 
