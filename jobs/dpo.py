@@ -23,6 +23,7 @@ from leadre_lib.facts import remove
 from leadre_lib.lake import Lake
 from leadre_lib.settings import Settings
 
+BEAM_PAIRS = "beam_pairs.parquet"
 PAIR_COLUMNS = ["origin", "prompt", "chosen", "rejected", "chosen_ecpm", "rejected_ecpm"]
 
 
@@ -38,8 +39,6 @@ def _pairs(settings: Settings, ds: dt.date) -> pa.Table:
 
 def _beam_pairs(settings: Settings, lake: Lake, ds: dt.date) -> pa.Table:
     """Pairs of the origin `beam`; none where no ad has an eCPM."""
-    path = settings.work(ds) / "beam_pairs.parquet"
-    remove(path)
     table = lake.read("ads", ds)
     if table["ecpm"].null_count == table.num_rows:
         return lake.read("preference_pairs", ds).select(PAIR_COLUMNS).slice(0, 0)
@@ -57,13 +56,14 @@ def _beam_pairs(settings: Settings, lake: Lake, ds: dt.date) -> pa.Table:
     own = settings.model_copy(update={"decoding": decoding})
     decoder = open_decoder(settings.work(ds) / "sft" / "model", index, own)
     made = beam_pairs(decoder, lake.read("sft_examples", ds), ads, settings)
-    pq.write_table(made, path)
+    pq.write_table(made, settings.work(ds) / BEAM_PAIRS)
     return made
 
 
 def run(args: argparse.Namespace, settings: Settings) -> None:
     """Prepare what the ranks read, then run them."""
     ds = args.ds
+    remove(settings.work(ds) / BEAM_PAIRS)
     pairs = _pairs(settings, ds)
     if not pairs.num_rows:
         remove(settings.work(ds) / "dpo")
