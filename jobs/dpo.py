@@ -1,4 +1,4 @@
-"""Direct Preference Optimization of the day's SFT model by eCPM, by ranks under DeepSpeed.
+"""Direct Preference Optimization of the day's SFT model, by ranks under DeepSpeed.
 
 Reads the day's preference pairs and `sft/model`, writes `dpo/model` and `dpo/loss.json` in the
 day's work folder. With the origin `beam` it first decodes prompts of `sft_examples` with the SFT
@@ -68,9 +68,8 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     if not pairs.num_rows:
         remove(settings.work(ds) / "dpo")
         raise NothingToDo(
-            f"no preference pairs on {ds}: they need ads of different eCPM that one user clicked or"
-            f" converted on within a day (origins: {', '.join(settings.dpo.origins)}); the SFT"
-            " model stands"
+            f"no preference pairs on {ds} (dpo.origins: {', '.join(settings.dpo.origins)}): they"
+            " need two ads with an eCPM near to one user; the SFT model stands"
         )
     # Ten seconds of imports that a source without eCPM does without.
     from leadre_lib.preferences import preference_lists
