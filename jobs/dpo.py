@@ -1,4 +1,4 @@
-"""Direct Preference Optimization of the day's SFT model by eCPM, by ranks under DeepSpeed.
+"""Direct Preference Optimization of the day's SFT model, by ranks under DeepSpeed.
 
 Reads the day's preference pairs and `sft/model`, writes `dpo/model` and `dpo/loss.json` in the
 day's work folder. With the origin `beam` it first decodes prompts of `sft_examples` with the SFT
@@ -23,6 +23,7 @@ from leadre_lib.facts import remove
 from leadre_lib.lake import Lake
 from leadre_lib.settings import Settings
 
+BEAM_PAIRS = "beam_pairs.parquet"
 PAIR_COLUMNS = ["origin", "prompt", "chosen", "rejected", "chosen_ecpm", "rejected_ecpm"]
 
 
@@ -38,8 +39,6 @@ def _pairs(settings: Settings, ds: dt.date) -> pa.Table:
 
 def _beam_pairs(settings: Settings, lake: Lake, ds: dt.date) -> pa.Table:
     """Pairs of the origin `beam`; none where no ad has an eCPM."""
-    path = settings.work(ds) / "beam_pairs.parquet"
-    remove(path)
     table = lake.read("ads", ds)
     if table["ecpm"].null_count == table.num_rows:
         return lake.read("preference_pairs", ds).select(PAIR_COLUMNS).slice(0, 0)
@@ -57,20 +56,20 @@ def _beam_pairs(settings: Settings, lake: Lake, ds: dt.date) -> pa.Table:
     own = settings.model_copy(update={"decoding": decoding})
     decoder = open_decoder(settings.work(ds) / "sft" / "model", index, own)
     made = beam_pairs(decoder, lake.read("sft_examples", ds), ads, settings)
-    pq.write_table(made, path)
+    pq.write_table(made, settings.work(ds) / BEAM_PAIRS)
     return made
 
 
 def run(args: argparse.Namespace, settings: Settings) -> None:
     """Prepare what the ranks read, then run them."""
     ds = args.ds
+    remove(settings.work(ds) / BEAM_PAIRS)
     pairs = _pairs(settings, ds)
     if not pairs.num_rows:
         remove(settings.work(ds) / "dpo")
         raise NothingToDo(
-            f"no preference pairs on {ds}: they need ads of different eCPM that one user clicked or"
-            f" converted on within a day (origins: {', '.join(settings.dpo.origins)}); the SFT"
-            " model stands"
+            f"no preference pairs on {ds} (dpo.origins: {', '.join(settings.dpo.origins)}): they"
+            " need two ads with an eCPM near to one user; the SFT model stands"
         )
     # Ten seconds of imports that a source without eCPM does without.
     from leadre_lib.preferences import preference_lists

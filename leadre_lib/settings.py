@@ -134,7 +134,7 @@ class ExampleSettings(Section):
     )
     pairs_per_user: int = Field(3, ge=0, description="of each origin")
     min_ecpm_ratio: float = Field(1.1, ge=1)
-    max_preference_pairs: PositiveInt = Field(400, description="of each origin")
+    max_preference_pairs: PositiveInt = Field(1500, description="of each origin")
     valid_fraction: Fraction = Field(0.3, gt=0, lt=1)
     max_valid_cases: PositiveInt = 1000
     max_test_cases: PositiveInt = 10000
@@ -257,14 +257,14 @@ class DpoSettings(TrainingSettings):
     batch_size: PositiveInt = 16
     epochs: float = Field(1.0, gt=0)
     weight_decay: float = Field(0.0, ge=0)
-    beta: float = Field(0.1, gt=0)
+    beta: float = Field(0.3, gt=0)
     sft_weight: float = Field(1.0, ge=0)
     loss: Literal["pairwise", "listwise"] = Field(
-        "pairwise", description="listwise: one chosen against all that were rejected for it"
+        "listwise", description="listwise: one chosen against all that were rejected for it"
     )
     max_rejected: PositiveInt = Field(4, description="of a list")
     weight_by_gap: bool = Field(False, description="pairs weigh the log ratio of their eCPMs")
-    origins: tuple[Origin, ...] = ("value",)
+    origins: tuple[Origin, ...] = Field(("value", "dismissal"), min_length=1)
     beam_prompts: PositiveInt = 400
     beam_top: PositiveInt = Field(10, description="objects of a list among which pairs are made")
     max_score_gap: float = Field(

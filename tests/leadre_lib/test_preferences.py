@@ -242,7 +242,7 @@ PAIRS = pair_table(
 
 
 def test_pairwise_every_pair_is_a_list_once() -> None:
-    lists = preference_lists(PAIRS, DpoSettings())
+    lists = preference_lists(PAIRS, DpoSettings(loss="pairwise"))
     rows_ = [(r["prompt"], r["chosen"], *r["rejected"]) for r in lists.to_pylist()]
     assert sorted(rows_) == [
         ("p", "x", "a"),
@@ -269,7 +269,7 @@ def test_listwise_a_list_holds_all_that_was_rejected_for_one(
 
 
 def test_weights_follow_the_gap_of_ecpm_and_have_mean_one() -> None:
-    settings = DpoSettings(weight_by_gap=True)
+    settings = DpoSettings(loss="pairwise", weight_by_gap=True)
     weights = {
         (r["prompt"], r["chosen"], *r["rejected"]): r["weight"]
         for r in preference_lists(PAIRS, settings).to_pylist()
