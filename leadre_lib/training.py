@@ -223,6 +223,8 @@ def _sft_parts(
     on_prompts = settings.sft.loss_on == "semantic_ids"
     known = np.array(sorted(models.sid_ids(tokenizer)) if on_prompts else [], np.int64)
     weights = examples["weight"].to_numpy().astype(np.float32)
+    if not len(weights):
+        return
     if not weights.sum() > 0:
         raise TrainingError("no example has a weight above 0: check the weights of the tasks")
     weights /= weights.mean()

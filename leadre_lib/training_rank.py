@@ -60,7 +60,7 @@ def train(folder: Path) -> None:
     weights = _float32_weights(trainer)  # every rank takes part
     if trainer.is_world_process_zero():
         losses = [entry for entry in trainer.state.log_history if "loss" in entry]
-        kept = ("step", "loss", "num_tokens", "num_targets")
+        kept = ("step", "loss", "tokens", "targets")
         curve = [{name: entry[name] for name in kept if name in entry} for entry in losses]
         write_json(folder / "loss.json", curve)
         best = folder / "best"
@@ -186,7 +186,7 @@ def collate(rows: list[dict[str, np.ndarray]], padding: int) -> dict[str, torch.
 class PackedTrainer(SFTTrainer):
     """SFT on packed rows: the loss is the mean over the step's labels, each with its weight."""
 
-    tokens = targets = 0  # of all ranks, so far
+    counts = (0, 0)  # tokens and targets of the latest step, all ranks together
 
     def compute_loss(
         self,
@@ -217,15 +217,13 @@ class PackedTrainer(SFTTrainer):
         real = documents != PADDING
         counts = torch.stack([real.sum(), (opens & real & (branches != SHARED)).sum()])
         tokens, targets = self.accelerator.gather(counts[None]).sum(0).tolist()
-        self.tokens += tokens
-        self.targets += targets
+        self.counts = tokens, targets
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds how many tokens and targets there were so far."""
-        Trainer.log(
-            self, {**logs, "num_tokens": self.tokens, "num_targets": self.targets}, *args, **kwargs
-        )
+        """Adds how many tokens and targets the step had."""
+        tokens, targets = self.counts
+        Trainer.log(self, {**logs, "tokens": tokens, "targets": targets}, *args, **kwargs)
 
 
 def _score_labels_only(model: PreTrainedModel) -> None:
@@ -281,33 +279,34 @@ def _float32_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 class _Progress(TrainerCallback):
-    """A line every few per cent: step, loss, tokens a second, time left."""
+    """A line every few per cent: step, loss, how fast it goes, time left."""
 
     def __init__(self, stage: str) -> None:
         self.stage = stage
-        self.start: tuple[float, int, int, int] | None = None
+        self.start: tuple[float, int] | None = None
+        self.counts = dict.fromkeys(("tokens", "targets"), 0)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Called after every step, for every step is logged."""
         if not state.is_world_process_zero or not logs or "loss" not in logs:
             return
         now, step = time.monotonic(), state.global_step
-        tokens, targets = logs.get("num_tokens", 0), logs.get("num_targets", 0)
         if self.start is None:  # the first step pays for warming up
-            self.start = (now, step, tokens, targets)
+            self.start = (now, step)
             return
-        since, first, tokens_before, targets_before = self.start
+        since, first = self.start
+        self.counts = {name: count + logs.get(name, 0) for name, count in self.counts.items()}
         if step % max(1, state.max_steps // PROGRESS_LINES) and step != state.max_steps:
             return
         # Validation in between is part of the time, as it is of the wait.
+        rates = [f"{n / (now - since):.0f} {name}/s" for name, n in self.counts.items() if n]
         log.info(
-            "%s step %d of %d, loss %.4f, %.0f tokens/s, %.1f targets/s, %.0f s left",
+            "%s step %d of %d, loss %.4f, %s%.0f s left",
             self.stage,
             step,
             state.max_steps,
             logs["loss"],
-            (tokens - tokens_before) / (now - since),
-            (targets - targets_before) / (now - since),
+            "".join(f"{rate}, " for rate in rates),
             (state.max_steps - step) * (now - since) / (step - first),
         )
 

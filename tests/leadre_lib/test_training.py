@@ -20,8 +20,9 @@ from safetensors.numpy import load_file
 
 from leadre_lib import training
 from leadre_lib.constraint_index import ConstraintIndex
+from leadre_lib.decoding import BeamDecoder
 from leadre_lib.errors import LeadreError
-from leadre_lib.model import load, sid_tokens
+from leadre_lib.model import load, sid_token_ids, sid_tokens
 from leadre_lib.packing import NO_LABEL
 from leadre_lib.settings import (
     REPOSITORY,
@@ -101,6 +102,12 @@ def weights(work: Path, stage: str = "sft") -> dict[str, np.ndarray]:
     return load_file(work / stage / "model" / "model.safetensors")
 
 
+def validations(work: Path) -> list[dict[str, float]]:
+    """The validation curve of an SFT."""
+    curve: list[dict[str, float]] = json.loads((work / "sft" / "validation.json").read_text())
+    return curve
+
+
 def assert_same(work: Path, other: Path) -> None:
     ours, theirs = weights(work), weights(other)
     assert ours.keys() == theirs.keys()
@@ -119,6 +126,24 @@ def test_sft_learns_and_leaves_a_model(trained: Path, settings: Settings) -> Non
     assert model.config.vocab_size == len(tokenizer)
     assert {weight.dtype for weight in weights(trained).values()} == {np.dtype(np.float32)}
     assert not (trained / "sft" / "checkpoints").exists()
+
+
+def test_the_best_of_the_validated_weights_are_kept(trained: Path, settings: Settings) -> None:
+    curve = validations(trained)
+    assert [entry["step"] for entry in curve] == [2, 4, 6, 8][: len(curve)]
+    best = max(curve, key=lambda entry: (entry["HR@10"], entry["NDCG@10"]))
+    model, tokenizer = load(trained / "sft" / "model")
+    chosen = cases()
+    decoder = BeamDecoder(
+        model,
+        tokenizer,
+        chosen.index,
+        sid_token_ids(tokenizer, SIZES),
+        settings.decoding,
+        settings.model.max_tokens,
+    )
+    found, _ = decoder.decode(chosen.prompts, 10)
+    assert (found == chosen.target[:, None]).any(axis=1).mean() == pytest.approx(best["HR@10"])
 
 
 def test_a_finished_training_is_not_repeated(
@@ -153,8 +178,10 @@ def test_dpo_goes_on_from_sft(trained: Path, examples: pa.Table, settings: Setti
     training.run_ranks("dpo", trained, settings)
     curve = json.loads((trained / "dpo" / "loss.json").read_text())
     sft = json.loads((trained / "sft" / "loss.json").read_text())
+    kept = max(validations(trained), key=lambda entry: (entry["HR@10"], entry["NDCG@10"]))
     # At first policy and reference agree: log 2, plus the SFT loss of the chosen.
-    assert curve[0]["loss"] == pytest.approx(np.log(2) + sft[-1]["loss"], rel=0.25)
+    loss = sft[int(kept["step"]) - 1]["loss"]
+    assert curve[0]["loss"] == pytest.approx(np.log(2) + loss, rel=0.25)
     moved = [not np.array_equal(w, weights(trained)[n]) for n, w in weights(trained, "dpo").items()]
     assert all(moved)
 
@@ -275,7 +302,7 @@ def test_rows_take_every_sequence_as_often_and_are_nearly_full() -> None:
     taken = np.bincount(rows.values, minlength=900)
     assert set(taken) == {2, 3}
     assert taken.sum() == 2250
-    assert lengths[rows.values].sum() > 0.93 * 384 * len(rows.lengths)
+    assert lengths[rows.values].sum() > 0.9 * 384 * len(rows.lengths)
     again = training.training_rows(lengths, 384, batch=1, epochs=2.5, max_steps=0, seed=1)
     assert np.array_equal(rows.values, again.values)
     other = training.training_rows(lengths, 384, batch=1, epochs=2.5, max_steps=0, seed=2)
@@ -319,15 +346,16 @@ def test_prompts_lose_their_oldest_behaviours_first(
         f"{role}\nRecent behaviours: {'; '.join(behaviours)}.\n"
         "What ad will the user be interested in next?\nAnswer: "
     )
-    long = pa.table({"prompt": [prompt] * 30, "response": ["<a_1><b_2><c_0>"] * 30})
+    row = {"prompt": prompt, "response": "<a_1><b_2><c_0>", "weight": 1.0, "request_id": None}
+    long = pa.Table.from_pylist([row] * 30, examples.schema)
     roomy = settings.model_copy(
         update={"model": settings.model.model_copy(update={"max_tokens": 90})}
     )
     prepare(pa.concat_tables([examples, long]), tmp_path, roomy)
-    row = pq.read_table(tmp_path / "sft" / "train.parquet").slice(EXAMPLES).to_pylist()[0]
+    row = pq.read_table(tmp_path / "sft" / "train.parquet").to_pylist()[-1]
     _, tokenizer = load(tmp_path / "sft" / "init")
-    text = tokenizer.decode(row["input_ids"])
-    assert len(row["input_ids"]) <= 90 < len(tokenizer(prompt)["input_ids"])
+    text = tokenizer.decode(row["tokens"])
+    assert len(row["tokens"]) <= 90 < len(tokenizer(prompt)["input_ids"])
     kept = sum(behaviour in text for behaviour in behaviours)
     assert 0 < kept < len(behaviours)
     shorter = "; ".join(behaviours[-kept:])
