@@ -96,7 +96,7 @@ def value_weight(targets: DataFrame, settings: ExampleSettings) -> DataFrame:
     """Targets with their `weight`: how deep the event is, and what it is worth.
 
     A conversion weighs 1, a click `click_weight`; that is multiplied by the eCPM over the mean of
-    all targets to the power `value_power`, within a factor of `MAX_VALUE`. Without eCPM the factor is 1.
+    all targets to the power `value_power`, within a factor of `MAX_VALUE`; without eCPM by 1.
     Value-weighted fine-tuning is that of GPR (arXiv 2511.10138).
     """
     depth = F.when(F.col("event_type") == "conversion", F.lit(1.0)).otherwise(
