@@ -232,6 +232,7 @@ class TrainingSettings(Section):
 class SftSettings(TrainingSettings):
     """Supervised fine-tuning (paper, section 3.3), in packed rows (see `packing`)."""
 
+    batch_size: PositiveInt = 3
     row_tokens: int = Field(0, ge=0, description="of a packed row; 0: model.max_tokens")
     loss_on: Literal["response", "semantic_ids"] = Field(
         "semantic_ids",
