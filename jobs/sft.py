@@ -42,7 +42,11 @@ def _sid_vectors(codebook: Codebook, tokens: int) -> np.ndarray:
 
 
 def _validation(settings: Settings, lake: Lake, ds: dt.date) -> Validation | None:
-    """A sample of the day's validation cases, on which the best weights are chosen."""
+    """A sample of the day's validation cases, on which the best weights are chosen; None without
+    any.
+    """
+    if not settings.sft.validation_cases or not lake.has("eval_examples", ds):
+        return None
     from leadre_lib.catalogue import catalogue
     from leadre_lib.comparison import cases_of
     from leadre_lib.constraint_index import ConstraintIndex
@@ -52,7 +56,7 @@ def _validation(settings: Settings, lake: Lake, ds: dt.date) -> Validation | Non
 
     examples = lake.read("eval_examples", ds).sort_by("case_id")
     examples = examples.filter(pc.equal(examples["split"], "valid"))
-    if not settings.sft.validation_cases or not len(examples):
+    if not len(examples):
         return None
     rng = np.random.default_rng(settings.seed)
     count = min(len(examples), settings.sft.validation_cases)
