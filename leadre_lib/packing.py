@@ -11,7 +11,7 @@ sequences, which do not see each other.
     positions  0    1       2          3        | 4  5     6     7   | 4  5     6     7
 
 The last token of a prompt stands in every branch, because it foretells the first token of the
-answer. The mask is that of tree attention (Medusa, arXiv 2401.10774, section 2.3.1).
+answer. The mask is that of tree attention (Medusa, arXiv 2401.10774).
 
 Knows nothing of what tokens say, of models, or of ranks.
 """

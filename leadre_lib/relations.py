@@ -193,7 +193,7 @@ def _cases(
     order = np.argsort(rivals, axis=1, kind="stable")
     ordered = np.take_along_axis(rivals, order, 1)
     double = np.zeros_like(rivals, bool)
-    np.put_along_axis(double[:, :], order[:, 1:], ordered[:, 1:] == ordered[:, :-1], 1)
+    np.put_along_axis(double, order[:, 1:], ordered[:, 1:] == ordered[:, :-1], 1)
     offset[double | (rivals < 0)] = -np.inf
     return features.reshape(*rivals.shape, 4), offset
 
