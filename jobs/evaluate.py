@@ -1,7 +1,8 @@
 """Compare the day's models with the champion and with the baselines, on the cases of the day.
 
-The validation cases decide which model challenges and whether it may be promoted; the test cases
-are reported. Every method ranks all active marketing objects. Writes `metrics` and the verdict.
+The validation cases decide which model challenges and whether it may be promoted, and what the
+challenger's lists are fused with other signals by; the test cases are reported. Every method ranks
+all active marketing objects. Writes `metrics` and the verdict.
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ from leadre_lib.constraint_index import ConstraintIndex
 from leadre_lib.contracts import load_contract
 from leadre_lib.embeddings import embed
 from leadre_lib.errors import LeadreError, NothingToDo
+from leadre_lib.fusion import Factors, Fusion, Written
 from leadre_lib.generation import open_decoder, sid_sizes
 from leadre_lib.lake import Lake
 from leadre_lib.quality import publish
 from leadre_lib.quantisers import Codebook
 from leadre_lib.release import Releases
+from leadre_lib.retrieval import EmbeddingIndex
 from leadre_lib.settings import Settings
+from leadre_lib.signals import build_signals
 from leadre_lib.spark import session
 
 log = logging.getLogger(__name__)
@@ -46,6 +50,13 @@ def _models(settings: Settings, ds: dt.date) -> dict[str, Path]:
     return found
 
 
+def taken_before(
+    settings: Settings, lake: Lake, ads: Catalogue, ds: dt.date
+) -> comparison.Interactions:
+    """What users clicked and converted on in the window before the day."""
+    return comparison.interactions(_past(settings, lake, ds), ads)
+
+
 def _past(settings: Settings, lake: Lake, ds: dt.date) -> pa.Table:
     first = ds - dt.timedelta(days=settings.interests.window_days)
     days = [day for day in lake.days("behaviours") if first <= day < ds]
@@ -53,14 +64,43 @@ def _past(settings: Settings, lake: Lake, ds: dt.date) -> pa.Table:
     return past.sort_by([(name, "ascending") for name in IN_ORDER])
 
 
-def _measure(
+def _write(
     settings: Settings, ads: Catalogue, model: Path, cases: comparison.Cases, index: ConstraintIndex
-) -> dict[str, float]:
+) -> Written:
+    """What a model writes for the cases."""
     # As inference does it, but for the engine: vLLM would stay in memory for every model.
     decoding = settings.decoding.model_copy(update={"backend": "leadre"})
     own = settings.model_copy(update={"decoding": decoding})
     decoder = open_decoder(model, index, own, groups_of(ads, decoding.group_by))
-    return comparison.model_metrics(decoder, cases, ads, settings.evaluation.exclude_seen)
+    return comparison.write_lists(decoder, cases, settings.evaluation.exclude_seen)
+
+
+def _fuse(
+    settings: Settings,
+    ads: Catalogue,
+    past: comparison.Interactions,
+    splits: dict[str, comparison.Cases],
+    written: dict[str, Written],
+) -> tuple[Factors, dict[str, dict[str, float]]] | None:
+    """What a model's lists are fused with other signals by, and the metrics of each split; None
+    where there are too few validation cases to tell.
+    """
+    texts, exclude = ads.texts(), settings.evaluation.exclude_seen
+    meaning = EmbeddingIndex.build(embed(texts, settings.embedding, settings.cache))
+    signals = build_signals(texts, meaning, past.histories(), settings.fusion)
+    groups = groups_of(ads, settings.decoding.group_by)
+    fusion = Fusion(
+        signals, ads.active_objects, settings.fusion, groups, settings.decoding.max_per_group
+    )
+    found = comparison.fit_fusion(fusion, written["valid"], splits["valid"], exclude)
+    if found is None:
+        return None
+    factors, of_valid = found
+    of_test = comparison.fused_lists(fusion, factors, written["test"], splits["test"], exclude)
+    lists = {"valid": of_valid, "test": of_test}
+    return factors, {
+        split: comparison.list_metrics(lists[split], cases, ads) for split, cases in splits.items()
+    }
 
 
 def run(args: argparse.Namespace, settings: Settings) -> None:
@@ -93,29 +133,36 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
                 *(champion.id, champion.template, template),
             )
 
-    def measure(model: Path, split: str) -> dict[str, float]:
-        return _measure(settings, ads, model, splits[split], index)
+    def write(model: Path, split: str) -> Written:
+        return _write(settings, ads, model, splits[split], index)
 
-    stages = {stage: measure(model, "valid") for stage, model in models.items()}
-    theirs = measure(champion.model, "valid") if champion else None
+    def measure(written: Written, split: str) -> dict[str, float]:
+        return comparison.list_metrics(written.objects, splits[split], ads)
+
+    all_models = dict(models) | ({"champion": champion.model} if champion else {})
+    lists = {"valid": {stage: write(model, "valid") for stage, model in all_models.items()}}
+    measured = {stage: measure(written, "valid") for stage, written in lists["valid"].items()}
+    theirs = measured.pop("champion", None)
     verdict = comparison.verdict(
-        stages, champion.id if champion else None, theirs, settings.evaluation
+        measured, champion.id if champion else None, theirs, settings.evaluation
     )
-    past = comparison.interactions(_past(settings, lake, ds), ads)
+    challenger = verdict["challenger"]
+    lists["test"] = {stage: write(model, "test") for stage, model in all_models.items()}
+    past = taken_before(settings, lake, ads, ds)
+    fused = None
+    if settings.fusion.enabled:
+        chosen = {split: lists[split][challenger] for split in splits}
+        fused = _fuse(settings, ads, past, splits, chosen)
+    verdict["fusion"] = fused and fused[0].as_dict()
     titles = embed(ads.objects["title"].to_pylist(), settings.embedding, settings.cache)
     baselines = comparison.baseline_scorers(past, titles, settings.sasrec, settings.seed)
     rows = []
     for split, cases in splits.items():
-        results = {
-            "leadre" if stage == verdict["challenger"] else f"leadre-{stage}": (
-                stages[stage] if split == "valid" else measure(model, split)
-            )
-            for stage, model in models.items()
+        results = {} if fused is None else {"leadre-fused": fused[1][split]}
+        results |= {
+            "leadre" if stage == challenger else f"leadre-{stage}": measure(written, split)
+            for stage, written in lists[split].items()
         }
-        if champion is not None and theirs is not None:
-            results["leadre-champion"] = (
-                theirs if split == "valid" else measure(champion.model, split)
-            )
         for name, scorer in baselines.items():
             results[name] = comparison.baseline_metrics(
                 scorer, cases, ads, settings.evaluation.exclude_seen

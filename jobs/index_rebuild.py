@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from jobs import semantic_ids
 from jobs.command import main, parser
 from jobs.curate import publish_ads
+from jobs.evaluate import taken_before
 from leadre_lib import facts
 from leadre_lib.assignment import Moves, by_object, compare, drift, refresh
 from leadre_lib.catalogue import catalogue
@@ -53,7 +54,8 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
             del lake.reads[lake.partition("ad_semantic_ids", ds).name]
         now = catalogue(ads, rows, next_day)
         work, sizes = settings.work(ds) / "index_rebuild", sid_sizes(codebook.sizes, settings)
-        parts = build_indexes(now, sizes, settings, work)
+        histories = taken_before(settings, lake, now, ds).histories()
+        parts = build_indexes(now, sizes, histories, settings, work)
         told: dict[str, object] = {}
         if (parent.folder / MOVED).exists() and parent.manifest["ds"] == str(ds):
             # The day's own refresh stays on record, and a rerun gives the same release.
@@ -74,6 +76,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
                     "codebook": codebook.version,
                 },
                 "metrics": parent.manifest["metrics"],
+                "fusion": parent.manifest.get("fusion"),
                 "refresh": told,
                 "inputs": dict(sorted(lake.reads.items())),
             },

@@ -56,7 +56,8 @@ def _retriever(
     from leadre_lib import candidates
     from leadre_lib.catalogue import catalogue
     from leadre_lib.generation import open_decoder, sid_sizes
-    from leadre_lib.indexes import open_constraint, open_neighbours
+    from leadre_lib.fusion import Factors, Fusion
+    from leadre_lib.indexes import open_constraint, open_neighbours, open_signals
     from leadre_lib.quantisers import Codebook
     from leadre_lib.retrieval import set_threads
 
@@ -70,10 +71,16 @@ def _retriever(
         release.require_template(template, f"`user_prompts` of ds={ds}")
     decoding, inference = settings.decoding, settings.inference
     groups = candidates.groups_of(ads, decoding.group_by)
-    filler = None
+    near, rows = open_neighbours(release, ads)
+    filler = fused = None
     if inference.fill:
-        near, rows = open_neighbours(release, ads)
         filler = candidates.Filler(ads, near, rows, groups, decoding.max_per_group)
+    signals = open_signals(release, ads, near, rows)
+    if settings.fusion.enabled and signals is not None and release.manifest["fusion"]:
+        fused = (
+            Fusion(signals, ads.active_objects, settings.fusion, groups, decoding.max_per_group),
+            Factors(**release.manifest["fusion"]),
+        )
     torch.set_num_threads(inference.threads)
     set_threads(inference.threads)
     devices = torch.cuda.device_count()
@@ -91,6 +98,7 @@ def _retriever(
         ds=ds,
         k=decoding.top_k,
         exclude_seen=settings.evaluation.exclude_seen,
+        fusion=fused,
         filler=filler,
         earlier=None
         if earlier is None

@@ -51,13 +51,12 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
         semantic_ids = read(spark, lake, "ad_semantic_ids", [ds])
         codebook = semantic_ids.select("codebook").distinct()
         none = F.array().cast("array<string>")
-        seen = F.sort_array(F.array_distinct(F.coalesce("history_ad_ids", none)))
         told = (
             prompts(stored, users, semantic_ids, settings.prompt)
             .join(ad_history(requests, behaviours), "request_id", "left")
             .crossJoin(codebook)
-            .withColumn("seen_ad_ids", seen)
-            .select("user_id", "prompt", "prompt_hash", "seen_ad_ids", "codebook", "template")
+            .withColumn("history_ad_ids", F.coalesce("history_ad_ids", none))
+            .select("user_id", "prompt", "prompt_hash", "history_ad_ids", "codebook", "template")
             .orderBy("user_id")  # so that inference finds a user's earlier candidates in few pages
         )
         publish(spark, settings, lake, "user_prompts", ds, told)

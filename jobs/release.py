@@ -11,6 +11,7 @@ import datetime as dt
 import json
 
 from jobs.command import main, parser
+from jobs.evaluate import taken_before
 from leadre_lib import facts
 from leadre_lib.catalogue import catalogue
 from leadre_lib.errors import LeadreError, NothingToDo
@@ -39,7 +40,8 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     codebook_folder = settings.codebooks / ads.codebook
     codebook = Codebook.load(codebook_folder)
     sizes = sid_sizes(codebook.sizes, settings)
-    parts = build_indexes(ads, sizes, settings, work / "indexes")
+    histories = taken_before(settings, lake, ads, ds).histories()
+    parts = build_indexes(ads, sizes, histories, settings, work / "indexes")
     releases = Releases(settings.releases)
     release = releases.build(
         ds,
@@ -54,6 +56,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
                 **environment_versions(),
             },
             "metrics": verdict["valid"],
+            "fusion": verdict["fusion"],
             "inputs": dict(sorted(lake.reads.items())),
         },
     )

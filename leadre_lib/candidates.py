@@ -1,8 +1,9 @@
 """From users and their prompts to rows of the contract `candidates`.
 
-The model's objects come first. Those of a user whose prompt has not changed may be carried over
-from an earlier day. Whoever the model leaves short gets objects near to what they dealt with, by
-the embedding of their texts, and then what is popular. Every row says where it comes from.
+What the model wrote is fused with what else is known (see `fusion`), or stands alone. The objects
+of a user whose prompt has not changed may be carried over from an earlier day. Whoever is left
+short gets objects near to what they dealt with, by the embedding of their texts, and then what is
+popular. Every row says where it comes from.
 
 Knows nothing of parts, shards, files of prompts, gates or the online store.
 """
@@ -26,7 +27,8 @@ import pyarrow.parquet as pq
 from leadre_lib.catalogue import Catalogue
 from leadre_lib.contracts import load_contract
 from leadre_lib.decoding import NO_OBJECT, Decoder
-from leadre_lib.evaluation import Histories
+from leadre_lib.evaluation import Histories, first_of_their_kind, within_groups
+from leadre_lib.fusion import Factors, Fusion, Written
 from leadre_lib.generation import decode_distinct
 from leadre_lib.lake import LakeError
 from leadre_lib.retrieval import EmbeddingIndex
@@ -35,15 +37,18 @@ Rows = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Days = npt.NDArray[np.datetime64]
 
-SOURCES = ("model", "neighbours", "popularity")
-MODEL = 0
-USER_COLUMNS = ["user_id", "prompt", "prompt_hash", "seen_ad_ids"]
+SOURCES = ("model", "signals", "neighbours", "popularity")
+MODEL, SIGNALS = 0, 1
+MADE = (MODEL, SIGNALS)  # what a night makes, and the next may carry over
+FILLED = (2, 3)
+USER_COLUMNS = ["user_id", "prompt", "prompt_hash", "history_ad_ids"]
 EARLIER_COLUMNS = [
     "user_id",
     "rank",
     "ad_id",
     "semantic_id",
     "score",
+    "source",
     "prompt_hash",
     "decoded_on",
 ]
@@ -55,8 +60,8 @@ class Lists(NamedTuple):
 
     Attributes:
         objects: int64 [users, k], object rows of the catalogue; -1 where there are fewer.
-        scores: float64 [users, k]: log-probabilities of the model's objects, the inner product of
-            neighbours, the clicks and conversions of what is popular.
+        scores: float64 [users, k]: log-probabilities of the model's objects, or among all that were
+            fused; the inner product of neighbours, the clicks and conversions of what is popular.
         sources: int8 [users, k], places in `SOURCES`.
     """
 
@@ -127,18 +132,20 @@ class Filler:
         objects = np.hstack([lists.objects[users], near, popular])
         scores = np.hstack([lists.scores[users], closeness, self._popularity[popular]])
         widths = [k, near.shape[1], popular.shape[1]]
-        of_each = np.repeat(np.arange(len(SOURCES), dtype=np.int8), widths)
-        good = (objects >= 0) & self._active[objects] & _first_of_their_kind(objects)
+        of_each = np.repeat(np.array([MODEL, *FILLED], np.int8), widths)
+        of_each = np.tile(of_each, (len(users), 1))
+        of_each[:, :k] = lists.sources[users]
+        good = (objects >= 0) & self._active[objects] & first_of_their_kind(objects)
         if excluded:
-            good &= ~_among(objects, seen, len(self._active))
+            good &= ~seen.holds(objects)
         if self._groups is not None:
-            good = _within(good, self._groups[objects], self._most)
+            good = within_groups(good, self._groups[objects], self._most)
         order = np.argsort(~good, axis=1, kind="stable")[:, :k]
         chosen = np.take_along_axis(good, order, 1)
         return Lists(
             np.where(chosen, np.take_along_axis(objects, order, 1), NO_OBJECT),
             np.where(chosen, np.take_along_axis(scores, order, 1), -np.inf),
-            of_each[order],
+            np.take_along_axis(of_each, order, 1),
         )
 
     def _near(self, seen: Histories, count: int) -> tuple[Rows, Floats]:
@@ -154,7 +161,7 @@ class Filler:
         scores, rows = self._neighbours.search(means / np.maximum(length, 1e-12), count)
         objects = np.where(rows >= 0, self._object[rows], NO_OBJECT)
         # Of a user without anything known every object is as near as any other.
-        found = (length > 0) & ~_among(objects, seen, len(self._active))
+        found = (length > 0) & ~seen.holds(objects)
         return np.where(found, objects, NO_OBJECT), scores.astype(np.float64)
 
 
@@ -179,14 +186,13 @@ class Earlier:
 
     def of(
         self, users: pa.Table, catalogue: Catalogue, seen: Histories, excluded: bool, k: int
-    ) -> tuple[Rows, Floats, Days]:
+    ) -> tuple[Lists, Days]:
         """What can be carried over of users whose prompt says what it said then.
 
         Objects that stopped, or that a user must not get any more, are left out.
 
         Returns:
-            objects int64 and scores float64, both [users, k], -1 and -inf where there are none, and
-            the day on which each user was decoded, datetime64 [users].
+            lists [users, k], and the day on which each user was decoded, datetime64 [users].
         """
         rows, user = self._read(users)
         objects = catalogue.object_rows(rows["ad_id"])
@@ -198,7 +204,7 @@ class Earlier:
         for column, now in (("semantic_id", ids), ("prompt_hash", told)):
             keep &= pc.equal(rows[column].combine_chunks(), now).to_numpy(zero_copy_only=False)
         if excluded:
-            mine = _keys(seen, len(catalogue.codes))
+            mine = seen.cases * len(catalogue.codes) + seen.values
             keep &= ~np.isin(user * len(catalogue.codes) + objects, mine)
         # Of an object's ads the first one stands for it; what is left moves up.
         kept = np.flatnonzero(keep)
@@ -206,14 +212,16 @@ class Earlier:
         kept = kept[np.sort(np.unique(key, return_index=True)[1])]
         nth = np.arange(len(kept)) - np.searchsorted(user[kept], user[kept])
         kept, nth = kept[nth < k], nth[nth < k]
-        found, scores, days = _nothing(users.num_rows, k)
-        found[user[kept], nth] = objects[kept]
-        scores[user[kept], nth] = rows["score"].to_numpy()[kept]
+        lists, days = _nothing(users.num_rows, k)
+        lists.objects[user[kept], nth] = objects[kept]
+        lists.scores[user[kept], nth] = rows["score"].to_numpy()[kept]
+        sources = pc.index_in(rows["source"], pa.array(SOURCES)).to_numpy()
+        lists.sources[user[kept], nth] = sources[kept]
         days[user[kept]] = rows["decoded_on"].to_numpy()[kept]
-        return found, scores, days
+        return lists, days
 
     def _read(self, users: pa.Table) -> tuple[pa.Table, Rows]:
-        """The model's rows for some users, and each row's user; sorted by user and rank."""
+        """The rows that a night made for some users, and each row's user; by user and rank."""
         ids, field = users["user_id"].combine_chunks(), pads.field
         bounds = pc.min_max(ids).as_py()
         files = [
@@ -222,7 +230,8 @@ class Earlier:
             if low <= bounds["max"] and high >= bounds["min"]
         ]
         since = self._ds - dt.timedelta(days=self._max_age)
-        wanted = field("user_id").isin(ids) & (field("source") == SOURCES[MODEL])
+        made = [SOURCES[source] for source in MADE]
+        wanted = field("user_id").isin(ids) & field("source").isin(made)
         wanted &= field("decoded_on") >= pa.scalar(since)
         schema = load_contract("candidates").arrow_schema()
         try:
@@ -255,6 +264,7 @@ class Retriever:
         ds: the day.
         k: objects a user, each with all its active ads.
         exclude_seen: whether a user does not get what they clicked or converted on.
+        fusion: with its factors, what the model's lists are fused by; None: they stand alone.
         filler: fills lists that are shorter; None: they stay short.
         earlier: what may be carried over; None: everybody is decoded.
     """
@@ -265,6 +275,7 @@ class Retriever:
     ds: dt.date
     k: int
     exclude_seen: bool = False
+    fusion: tuple[Fusion, Factors] | None = None
     filler: Filler | None = None
     earlier: Earlier | None = None
 
@@ -274,25 +285,38 @@ class Retriever:
         Args:
             users: `USER_COLUMNS` of the contract `user_prompts`.
         """
-        seen = _seen(users, self.catalogue)
-        objects, scores, days = _nothing(users.num_rows, self.k)
+        histories = _histories(users, self.catalogue)
+        lists, days = _nothing(users.num_rows, self.k)
         if self.earlier is not None and users.num_rows:
-            objects, scores, days = self.earlier.of(
-                users, self.catalogue, seen, self.exclude_seen, self.k
+            lists, days = self.earlier.of(
+                users, self.catalogue, histories, self.exclude_seen, self.k
             )
             if self.filler is None:  # who has lost an object would stay without
-                days[(objects < 0).any(axis=1)] = np.datetime64("NaT")
+                days[(lists.objects < 0).any(axis=1)] = np.datetime64("NaT")
         new = np.flatnonzero(np.isnat(days))
         if len(new):
             prompts = users["prompt"].take(pa.array(new)).to_pylist()
-            lists = np.split(seen.values, seen.offsets[1:-1])
-            exclude = [lists[user] for user in new] if self.exclude_seen else None
-            objects[new], scores[new] = decode_distinct(self.decoder, prompts, self.k, exclude)
+            made = self._make(prompts, _rows_of(histories, new))
+            lists.objects[new], lists.scores[new], lists.sources[new] = made
             days[new] = np.datetime64(self.ds)
-        made = Lists(objects, scores, np.zeros(objects.shape, np.int8))
         if self.filler is not None:
-            made = self.filler.fill(made, seen, self.exclude_seen)
-        return self._rows(users, made, days), len(new)
+            lists = self.filler.fill(lists, histories, self.exclude_seen)
+        return self._rows(users, lists, days), len(new)
+
+    def _make(self, prompts: list[str], histories: Histories) -> Lists:
+        """The lists of some users, [users, k]."""
+        exclude = np.split(histories.values, histories.offsets[1:-1]) if self.exclude_seen else None
+        if self.fusion is None:
+            objects, scores = decode_distinct(self.decoder, prompts, self.k, exclude)
+            return Lists(objects, scores, np.full(objects.shape, MODEL, np.int8))
+        fusion, factors = self.fusion
+        written = Written(
+            *decode_distinct(self.decoder, prompts, self.decoder.settings.beam, exclude)
+        )
+        unwanted = histories if self.exclude_seen else None
+        objects, scores = fusion.rank(factors, written, histories, self.k, unwanted)
+        by_model = (objects[:, :, None] == written.objects[:, None, :]).any(axis=2)
+        return Lists(objects, scores, np.where(by_model, MODEL, SIGNALS).astype(np.int8))
 
     def _rows(self, users: pa.Table, lists: Lists, days: Days) -> pa.Table:
         """An object stands as its active ads, by eCPM, which share its score."""
@@ -328,25 +352,24 @@ def groups_of(catalogue: Catalogue, column: str) -> Rows | None:
     return values.indices.to_numpy(zero_copy_only=False).astype(np.int64)
 
 
-def _seen(users: pa.Table, catalogue: Catalogue) -> Histories:
-    """Object rows that each user clicked or converted on, without repetition."""
-    lists = users["seen_ad_ids"].combine_chunks()
+def _histories(users: pa.Table, catalogue: Catalogue) -> Histories:
+    """Object rows that each user clicked or converted on, oldest first."""
+    lists = users["history_ad_ids"].combine_chunks()
     rows = catalogue.object_rows(lists.flatten())
     lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
-    user = np.repeat(np.arange(len(lists)), lengths)
-    key = np.unique(user[rows >= 0] * len(catalogue.codes) + rows[rows >= 0])
-    user, rows = np.divmod(key, len(catalogue.codes))
-    counts = np.bincount(user, minlength=len(lists))
-    return Histories(np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), rows)
+    user, known = np.repeat(np.arange(len(lists)), lengths), rows >= 0
+    counts = np.bincount(user[known], minlength=len(lists))
+    return Histories(np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), rows[known])
 
 
-def _nothing(users: int, k: int) -> tuple[Rows, Floats, Days]:
-    """Objects, scores and days of users who have nothing yet."""
-    return (
+def _nothing(users: int, k: int) -> tuple[Lists, Days]:
+    """Lists and days of users who have nothing yet."""
+    lists = Lists(
         np.full((users, k), NO_OBJECT, np.int64),
         np.full((users, k), -np.inf),
-        np.full(users, np.datetime64("NaT"), "datetime64[D]"),
+        np.full((users, k), MODEL, np.int8),
     )
+    return lists, np.full(users, np.datetime64("NaT"), "datetime64[D]")
 
 
 def _user_bounds(path: Path) -> tuple[str, str]:
@@ -365,27 +388,6 @@ def _user_bounds(path: Path) -> tuple[str, str]:
     return min((s.min for s in told), default=""), max((s.max for s in told), default="")
 
 
-def _keys(histories: Histories, objects: int) -> Rows:
-    """`case * objects + object` of each entry, int64."""
-    return histories.cases * objects + histories.values
-
-
-def _among(found: Rows, histories: Histories, objects: int) -> npt.NDArray[np.bool_]:
-    """Whether each of `found` [cases, places] is in the history of its case."""
-    return np.isin(np.arange(len(found))[:, None] * objects + found, _keys(histories, objects))
-
-
-def _within(good: npt.NDArray[np.bool_], groups: Rows, most: int) -> npt.NDArray[np.bool_]:
-    """The first `most` good places of each group in a row; both [rows, places]."""
-    row, place = np.nonzero(good)
-    key = row * (int(groups.max(initial=0)) + 1) + groups[row, place]
-    order = np.argsort(key, kind="stable")
-    rank = np.arange(len(key)) - np.searchsorted(key[order], key[order])
-    kept = np.zeros_like(good)
-    kept[row[order], place[order]] = rank < most
-    return kept
-
-
 def _rows_of(histories: Histories, cases: Rows) -> Histories:
     """The histories of some cases, which ascend."""
     kept = np.isin(histories.cases, cases)
@@ -393,12 +395,3 @@ def _rows_of(histories: Histories, cases: Rows) -> Histories:
     return Histories(
         np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), histories.values[kept]
     )
-
-
-def _first_of_their_kind(objects: Rows) -> npt.NDArray[np.bool_]:
-    """Whether no place to the left in its row [rows, places] has the same object."""
-    order = np.argsort(objects, axis=1, kind="stable")
-    ordered = np.take_along_axis(objects, order, 1)
-    again = np.zeros(objects.shape, np.bool_)
-    np.put_along_axis(again, order[:, 1:], ordered[:, 1:] == ordered[:, :-1], 1)
-    return ~again

@@ -24,11 +24,13 @@ from leadre_lib.evaluation import (
     popularity,
     rank_metrics,
 )
+from leadre_lib.fusion import Factors, Fusion, Written
 from leadre_lib.generation import decode_distinct
 from leadre_lib.sasrec import sasrec
 from leadre_lib.settings import EvaluationSettings, SasrecSettings
 
 GATE = "HR@10"
+TOP = 10
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,13 @@ class Interactions:
     rows: np.ndarray
     again: np.ndarray
 
+    def histories(self) -> Histories:
+        """The steps of each user, oldest first."""
+        steps = ~self.again
+        counts = np.bincount(self.users[steps])
+        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        return Histories(offsets, self.rows[steps])
+
 
 def interactions(behaviours: pa.Table, catalogue: Catalogue) -> Interactions:
     """The clicks and conversions on ads of the catalogue.
@@ -112,8 +121,8 @@ def baseline_scorers(
         "nearest-titles": nearest_titles(embeddings),
     }
     if settings.epochs:
-        steps = ~past.again
-        scorers["sasrec"] = sasrec(past.users[steps], past.rows[steps], objects, settings, seed)
+        steps = past.histories()
+        scorers["sasrec"] = sasrec(steps.cases, steps.values, objects, settings, seed)
     return scorers
 
 
@@ -126,15 +135,47 @@ def baseline_metrics(
     )
 
 
-def model_metrics(
-    decoder: Decoder, cases: Cases, catalogue: Catalogue, exclude_seen: bool
-) -> dict[str, float]:
-    """Metrics of a model through constrained beam search, ranked over items."""
+def write_lists(decoder: Decoder, cases: Cases, exclude_seen: bool) -> Written:
+    """What a model writes for the cases: the whole beam of a constrained search."""
     exclude = None
     if exclude_seen:
         exclude = np.split(cases.histories.values, cases.histories.offsets[1:-1])
-    ranked, _ = decode_distinct(decoder, cases.prompts, 10, exclude)
-    return rank_metrics(ranked, cases.target, int(catalogue.active_objects.sum()), cases.ecpm)
+    return Written(*decode_distinct(decoder, cases.prompts, decoder.settings.beam, exclude))
+
+
+def list_metrics(ranked: np.ndarray, cases: Cases, catalogue: Catalogue) -> dict[str, float]:
+    """Metrics of ranked objects [cases, k], best first."""
+    active = int(catalogue.active_objects.sum())
+    return rank_metrics(ranked[:, :TOP], cases.target, active, cases.ecpm)
+
+
+def fused_lists(
+    fusion: Fusion, factors: Factors, written: Written, cases: Cases, exclude_seen: bool
+) -> np.ndarray:
+    """What fusion makes of what a model wrote, [cases, TOP]."""
+    unwanted = cases.histories if exclude_seen else None
+    return fusion.rank(factors, written, cases.histories, TOP, unwanted)[0]
+
+
+def fit_fusion(
+    fusion: Fusion, written: Written, cases: Cases, exclude_seen: bool
+) -> tuple[Factors, np.ndarray] | None:
+    """The factors that fit the cases, and the lists that they give when fitted on others.
+
+    Each half of the cases is ranked with the factors of the other half, so that what is measured
+    on the cases owes nothing to them. None where there are too few.
+    """
+    unwanted = cases.histories if exclude_seen else None
+    half = np.arange(len(cases)) < len(cases) // 2
+    ranked = np.full((len(cases), TOP), -1, np.int64)
+    for chosen in (half, ~half):
+        others = np.where(chosen, -1, cases.target)
+        factors = fusion.fit(written, cases.histories, others, unwanted)
+        if factors is None:
+            return None
+        ranked[chosen] = fused_lists(fusion, factors, written, cases, exclude_seen)[chosen]
+    whole = fusion.fit(written, cases.histories, cases.target, unwanted)
+    return None if whole is None else (whole, ranked)
 
 
 def verdict(

@@ -61,6 +61,28 @@ class Histories:
         offsets = self.offsets[start : stop + 1]
         return Histories(offsets - offsets[0], self.values[offsets[0] : offsets[-1]])
 
+    def latest(self, most: int) -> Histories:
+        """Of each case the `most` newest values."""
+        lengths = np.diff(self.offsets)
+        kept = np.minimum(lengths, most)
+        place = np.arange(len(self.values)) - self.offsets[:-1][self.cases]
+        newest = place >= (lengths - kept)[self.cases]
+        return Histories(np.concatenate([[0], np.cumsum(kept)]), self.values[newest])
+
+    def padded(self) -> Rows:
+        """Int64 [cases, longest], the newest last, -1 before a shorter one."""
+        longest = int(np.diff(self.offsets).max(initial=0))
+        table = np.full((len(self), longest), -1, np.int64)
+        back = self.offsets[1:][self.cases] - np.arange(len(self.values))
+        table[self.cases, longest - back] = self.values
+        return table
+
+    def holds(self, rows: Rows) -> Mask:
+        """Whether each of `rows` [cases, any width] is a value of its case."""
+        width = int(max(rows.max(initial=0), self.values.max(initial=0))) + 1
+        key = np.arange(len(rows))[:, None] * width + rows
+        return np.isin(key, self.cases * width + self.values) & (rows >= 0)
+
     def matrix(self, catalogue: int, decay: float = 1.0) -> sparse.csr_array:
         """Float64 [cases, catalogue]: for each row the sum of decay ** steps before the last."""
         steps = self.offsets[1:][self.cases] - 1 - np.arange(len(self.values))
@@ -175,11 +197,29 @@ def drop_seen(ranked: Rows, histories: Histories) -> Rows:
 
     The same rule as `exclude_seen` has for scores. Same shape, padded with -1 at the end.
     """
-    width = max(ranked.max(initial=0), histories.values.max(initial=0)) + 1
-    key = np.arange(len(ranked))[:, None] * width + ranked
-    gone = (ranked < 0) | np.isin(key, histories.cases * width + histories.values)
+    gone = (ranked < 0) | histories.holds(ranked)
     order = np.argsort(gone, axis=1, kind="stable")
     return np.take_along_axis(np.where(gone, -1, ranked), order, 1)
+
+
+def first_of_their_kind(objects: Rows) -> Mask:
+    """Whether no place to the left in its row [rows, places] has the same object."""
+    order = np.argsort(objects, axis=1, kind="stable")
+    ordered = np.take_along_axis(objects, order, 1)
+    again = np.zeros(objects.shape, np.bool_)
+    np.put_along_axis(again, order[:, 1:], ordered[:, 1:] == ordered[:, :-1], 1)
+    return ~again
+
+
+def within_groups(good: Mask, groups: Rows, most: int) -> Mask:
+    """The first `most` good places of each group in a row; both [rows, places]."""
+    row, place = np.nonzero(good)
+    key = row * (int(groups.max(initial=0)) + 1) + groups[row, place]
+    order = np.argsort(key, kind="stable")
+    rank = np.arange(len(key)) - np.searchsorted(key[order], key[order])
+    kept = np.zeros_like(good)
+    kept[row[order], place[order]] = rank < most
+    return kept
 
 
 # --- baselines ----------------------------------------------------------------------------------

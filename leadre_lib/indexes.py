@@ -1,6 +1,7 @@
 """The indexes of a release: Semantic ID ↔ marketing object ↔ ads, the constraint index of the
-decoder, and the nearest neighbours of objects by text; building them, checking that they fit each
-other, the model and the catalogue, and opening them for a day.
+decoder, the nearest neighbours of objects by text, and the signals that a model's lists are fused
+with; building them, checking that they fit each other, the model and the catalogue, and opening
+them for a day.
 
 Knows nothing of users or of training.
 """
@@ -20,12 +21,14 @@ from leadre_lib.catalogue import Catalogue, Rows
 from leadre_lib.constraint_index import ConstraintIndex
 from leadre_lib.embeddings import embed
 from leadre_lib.errors import LeadreError
+from leadre_lib.evaluation import Histories
 from leadre_lib.model import load_tokenizer, sid_token_ids
 from leadre_lib.quantisers import Codebook
 from leadre_lib.release import Release, ReleaseError
 from leadre_lib.retrieval import MIN_RECALL, EmbeddingIndex
 from leadre_lib.semantic_ids import code_lists, codes_of, format_sid
 from leadre_lib.settings import Settings
+from leadre_lib.signals import Signals, build_signals
 
 log = logging.getLogger(__name__)
 
@@ -33,11 +36,16 @@ OBJECTS = "semantic_ids/objects.parquet"
 ADS = "semantic_ids/ads.parquet"
 CONSTRAINT = "indexes/constraint.safetensors"
 NEIGHBOURS = "indexes/embeddings.faiss"
+SIGNALS = "indexes/signals.safetensors"
 MOVED = "semantic_ids/moved.parquet"
 
 
 def build_indexes(
-    catalogue: Catalogue, sizes: Sequence[int], settings: Settings, folder: Path
+    catalogue: Catalogue,
+    sizes: Sequence[int],
+    histories: Histories,
+    settings: Settings,
+    folder: Path,
 ) -> dict[str, Path]:
     """Write the index files into `folder`.
 
@@ -48,13 +56,15 @@ def build_indexes(
     Args:
         catalogue: all objects; those without an active ad keep their row, but cannot be decoded.
         sizes: codes of each level, the last token's among them.
+        histories: of each user the object rows that they took, oldest first.
         folder: scratch; its files are overwritten.
 
     Returns:
-        name in the release → file.
+        name in the release → file. Without `fusion.enabled` there are no signals.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    parts = {name: folder / Path(name).name for name in (OBJECTS, ADS, CONSTRAINT, NEIGHBOURS)}
+    names = (OBJECTS, ADS, CONSTRAINT, NEIGHBOURS, *([SIGNALS] if settings.fusion.enabled else []))
+    parts = {name: folder / Path(name).name for name in names}
     pq.write_table(objects_table(catalogue), parts[OBJECTS])
     ads = catalogue.ads.select(["ad_id", "marketing_object_id", "ecpm", "bid"])
     ads = ads.append_column("object_row", pa.array(catalogue.owner))
@@ -63,8 +73,11 @@ def build_indexes(
         catalogue.codes, sizes, catalogue.active_objects, codebook=catalogue.codebook
     )
     index.save(parts[CONSTRAINT])
-    vectors = embed(catalogue.texts(), settings.embedding, settings.cache)
-    EmbeddingIndex.build(vectors).save(parts[NEIGHBOURS])
+    texts = catalogue.texts()
+    neighbours = EmbeddingIndex.build(embed(texts, settings.embedding, settings.cache))
+    neighbours.save(parts[NEIGHBOURS])
+    if SIGNALS in parts:
+        build_signals(texts, neighbours, histories, settings.fusion).save(parts[SIGNALS])
     return parts
 
 
@@ -129,6 +142,8 @@ def check_indexes(
             f"{folder / NEIGHBOURS}: finds {neighbours.recall:.3f} of the nearest, less than"
             f" {MIN_RECALL}"
         )
+    if (folder / SIGNALS).exists():
+        Signals.load(folder / SIGNALS, neighbours)
     try:
         sid_token_ids(load_tokenizer(release.model), sizes)
     except LeadreError as error:
@@ -189,6 +204,20 @@ def open_neighbours(release: Release, catalogue: Catalogue) -> tuple[EmbeddingIn
     index = EmbeddingIndex.load(release.folder / NEIGHBOURS, len(ids), dim)
     rows = pc.fill_null(pc.index_in(ids.combine_chunks(), catalogue.object_ids), -1)
     return index, rows.to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def open_signals(
+    release: Release, catalogue: Catalogue, neighbours: EmbeddingIndex, rows: Rows
+) -> Signals | None:
+    """The signals of a release in the words of a catalogue; None: it has none.
+
+    Args:
+        neighbours, rows: what `open_neighbours` gave.
+    """
+    path = release.folder / SIGNALS
+    if not path.exists():
+        return None
+    return Signals.load(path, neighbours).of(rows, len(catalogue.codes))
 
 
 def _read(path: Path) -> pa.Table:

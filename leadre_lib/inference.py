@@ -90,6 +90,7 @@ def decoding_settings(settings: Settings) -> str:
     """Digest of the settings that candidates depend on, the prompts' apart."""
     what = [
         settings.decoding.model_dump(),
+        settings.fusion.model_dump(),
         settings.inference.fill,
         settings.evaluation.exclude_seen,
         settings.model.max_tokens,

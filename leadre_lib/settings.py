@@ -77,14 +77,14 @@ class InterestSettings(Section):
     max_behaviours: PositiveInt = 200
 
 
-class RelationSettings(Section):
-    """Which objects lead to which (see `relations`)."""
+class FusionSettings(Section):
+    """The whole retrieval: the model's list, fused with what else is known (see `fusion`)."""
 
-    per_object: PositiveInt = Field(30, description="the strongest relations that are kept")
+    enabled: bool = Field(True, description="false: the model's list is the retrieval")
     decay: float = Field(0.5, gt=0, lt=1, description="of a step further back in a history")
     steps: PositiveInt = Field(10, description="of a history that count, and between two objects")
-    folds: int = Field(4, ge=2, description="of users, whose own histories do not count for them")
-    fitted_steps: PositiveInt = Field(2000, description="on which the factors are fitted")
+    near: PositiveInt = Field(200, description="objects that each signal brings into a list")
+    words: int = Field(256, ge=0, description="dimensions of the words' vectors; 0: none")
 
 
 class PromptSettings(Section):
@@ -379,7 +379,7 @@ class Settings(BaseSettings):
     movielens: MovieLensSettings = MovieLensSettings()
     quality: QualitySettings = QualitySettings()
     interests: InterestSettings = InterestSettings()
-    relations: RelationSettings = RelationSettings()
+    fusion: FusionSettings = FusionSettings()
     prompt: PromptSettings = PromptSettings()
     examples: ExampleSettings = ExampleSettings()
     embedding: EmbeddingSettings = EmbeddingSettings()

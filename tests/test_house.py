@@ -32,7 +32,8 @@ FLOORS: list[set[str]] = [
     {
         "alignment",
         "packing",
-        "relations",
+        "signals",
+        "fusion",
         "preferences",
         "preference_rank",
         "beam_pairs",

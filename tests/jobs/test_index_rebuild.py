@@ -396,7 +396,7 @@ def prompt_of(settings: Settings, template: str) -> dict[str, Any]:
     """A row of `user_prompts`."""
     words = {"prompt": "What next?", "prompt_hash": "0" * 64, "template": template}
     book = champion(settings).codebook
-    return {"user_id": "u1", "seen_ad_ids": [], "codebook": book, **words}
+    return {"user_id": "u1", "history_ad_ids": [], "codebook": book, **words}
 
 
 def test_the_champion_is_asked_in_no_other_words(settings: Settings) -> None:

@@ -96,7 +96,7 @@ def users(
             "user_id": [f"u{n:02}" for n in numbers],
             "prompt": [f"user {n} likes running" for n in numbers],
             "prompt_hash": [f"hash {n}" for n in numbers],
-            "seen_ad_ids": pa.array([told(n) for n in numbers], pa.list_(pa.string())),
+            "history_ad_ids": pa.array([told(n) for n in numbers], pa.list_(pa.string())),
         }
     )
 
