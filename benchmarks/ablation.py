@@ -222,7 +222,7 @@ def run(args: argparse.Namespace) -> None:
     runs = [run_of(variants[name], name, seed) for name, seed in wanted]
     found = dict(zip(wanted, bench.complete(runs, args.force), strict=True))
     rows = rows_of(variants, {name: [found[name, seed] for seed in seeds] for name in variants})
-    words = f"{base.source}, {bench.ds}, mean ± standard deviation over {args.seeds} seeds"
+    words = chain.about(bench, args.seeds)
     sheets = [results_sheet(rows, f"test cases of {words}"), differences_sheet(rows, variants)]
     for sheet in sheets:
         sheet.show(chain.console)

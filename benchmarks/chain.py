@@ -298,13 +298,16 @@ class Chain:
                 remove(home.path)
         self._remember_seconds()
         waiting = [run for run in different if self.result(run) is None]
-        said = f"{len(different)} runs, {len(different) - len(waiting)} of them done before"
+        said = (
+            f"{len(different)} different runs, {len(different) - len(waiting)} of them done before"
+        )
         console.print(f"{said}; evaluated on {self.ds}; state in {self.root}", markup=False)
         for number, run in enumerate(waiting):
             self._say_left(waiting[number:], len(different))
             self._make(run, self.homes(run))
             self._keep_result(run)
             self._remove_passing(run, waiting[number + 1 :])
+        self._say_left([], len(different))
 
     def _make(self, run: Run, homes: Sequence[Home]) -> None:
         """The last of the homes with all its steps, and those before it where it needs them."""
@@ -393,9 +396,11 @@ class Chain:
         return sum(means.get(job, other) for steps in missing.values() for _, job in steps)
 
     def _say_left(self, waiting: Sequence[Run], of: int) -> None:
-        left = self.seconds_left(waiting)
+        left = self.seconds_left(waiting) if waiting else None
         about = "" if left is None else f", about {max(left / 60, 1):.0f} min left"
-        console.print(f"{of - len(waiting)} of {of} runs done{about}", style="bold", markup=False)
+        console.print(
+            f"{of - len(waiting)} of {of} different runs done{about}", style="bold", markup=False
+        )
 
     def _remember_seconds(self) -> None:
         for path in (self.root / "results").glob("*.json"):
@@ -461,6 +466,12 @@ def base_settings(source: str | None, data: Path | None) -> Settings:
     elif variable("data") in os.environ:
         os.environ.setdefault(variable("source"), "amazon")
     return load_settings()
+
+
+def about(bench: Chain, seeds: int) -> str:
+    """What the tables are of, for their titles."""
+    cells = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+    return f"{bench.base.source}, {bench.ds}, {cells}"
 
 
 def check_output(path: Path | None) -> None:

@@ -14,8 +14,9 @@ fractions as fractions:
 and `leadre-dpo` the one after it, where they differ from `leadre`.
 
 A second table says who is first in each column, and sets the best of our rows against the best of
-all others: with the 95 % interval of our value by the number of cases (binomial; for NDCG the most
-that it can be), and the difference with its 95 % interval over seeds (Student's t, seed by seed).
+all others: with the 95 % interval of our value by the number of cases (binomial, Wilson; for NDCG
+the most that it can be), and the difference with its 95 % interval over seeds (Student's t, seed by
+seed).
 
 Seeds that are done are passed over; after an interruption the same command goes on where it
 stopped. `--force` redoes all.
@@ -32,11 +33,10 @@ from pathlib import Path
 from benchmarks import chain
 from benchmarks.page import Sheet, as_svg, new_figure, write_page
 from benchmarks.seeds import (
-    NORMAL,
     OURS,
     Method,
     as_json,
-    binomial_error,
+    binomial_interval,
     methods,
     metric_names,
     plus_minus,
@@ -105,8 +105,9 @@ def first_sheet(rows: Sequence[Method]) -> Sheet:
         line = [name, having[0].name]
         for own in ours:
             mean = own.metrics[name].mean
-            error = binomial_error(name, mean, own.cases)
-            line += [own.name, plus_minus(mean, None if error is None else NORMAL * error)]
+            ends = binomial_interval(name, mean, own.cases)
+            within = "-" if ends is None else "{:.4f} to {:.4f}".format(*ends)
+            line += [own.name, f"{mean:.4f}", within]
             for other in others:
                 gap = own.metrics[name].minus(other.metrics[name])
                 line += [
@@ -114,9 +115,9 @@ def first_sheet(rows: Sequence[Method]) -> Sheet:
                     f"{other.metrics[name].mean:.4f}",
                     plus_minus(gap.mean, gap.half, sign=True),
                 ]
-        lines.append(line + ["-"] * (7 - len(line)))
-    heads = ["metric", "first", "our best", "± 95 % of cases", "best other", "value"]
-    return Sheet("who is first", [*heads, "ours - other ± 95 % of seeds"], lines)
+        lines.append(line + ["-"] * (8 - len(line)))
+    heads = ["metric", "first", "our best", "ours", "95 % by cases", "best other", "other"]
+    return Sheet("who is first", [*heads, "ours - other ± 95 % over seeds"], lines)
 
 
 def plot(rows: Sequence[Method]) -> str:
@@ -152,7 +153,7 @@ def run(args: argparse.Namespace) -> None:
     bench = chain.Chain(base, args.days)
     tables = bench.complete([chain.Run.of(FULL, {}, seed) for seed in seeds], args.force)
     rows = methods(tables)
-    words = f"{base.source}, {bench.ds}, mean ± standard deviation over {args.seeds} seeds"
+    words = chain.about(bench, args.seeds)
     sheets = [results_sheet(rows, f"test cases of {words}"), first_sheet(rows)]
     for sheet in sheets:
         sheet.show(chain.console)

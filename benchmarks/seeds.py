@@ -2,9 +2,9 @@
 
 Two errors are told apart. Seeds say how far training by chance differs; their interval is that of
 Student's t over the seeds' means. The cases are a sample of users, too: a rate p over n of them has
-the binomial standard error sqrt(p (1 - p) / n). That holds for hit rates; for NDCG, whose cases
-have values between 0 and 1, it is the most that the error can be. Coverage and what is weighted by
-eCPM are no means over cases and have none.
+the binomial standard error sqrt(p (1 - p) / n), and Wilson's interval. That holds for hit rates;
+for NDCG, whose cases have values between 0 and 1, it is the most that the error can be. Coverage
+and what is weighted by eCPM are no means over cases and have none.
 
 Knows nothing of how the tables were made or are shown.
 """
@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from leadre_lib.report import METRIC_ORDER
 
 Row = dict[str, Any]
 
@@ -118,16 +120,30 @@ def methods(tables: Sequence[Sequence[Row]]) -> list[Method]:
 
 
 def metric_names(rows: Sequence[Method]) -> list[str]:
-    """The metrics that occur, in their order."""
-    return list(dict.fromkeys(name for row in rows for name in row.metrics))
+    """The metrics that occur, in the order of the results table."""
+    found = {name for row in rows for name in row.metrics}
+    return [name for name in METRIC_ORDER if name in found] + sorted(found - set(METRIC_ORDER))
 
 
 def binomial_error(metric: str, value: float, cases: int) -> float | None:
     """The standard error of a rate over `cases`; None where the metric is no mean over them."""
-    if not metric.startswith(("HR@", "NDCG@")) or not cases:
+    return math.sqrt(value * (1 - value) / cases) if _is_mean(metric) else None
+
+
+def binomial_interval(metric: str, value: float, cases: int) -> tuple[float, float] | None:
+    """The 95 % interval of a rate over `cases` (Wilson 1927, which holds near 0 and 1 too); None
+    where the metric is no mean over them.
+    """
+    if not _is_mean(metric):
         return None
-    value = min(max(value, 0.0), 1.0)
-    return math.sqrt(value * (1 - value) / cases)
+    square = NORMAL**2 / cases
+    middle = (value + square / 2) / (1 + square)
+    half = NORMAL / (1 + square) * math.sqrt((value * (1 - value) + square / 4) / cases)
+    return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
+def _is_mean(metric: str) -> bool:
+    return metric.startswith(("HR@", "NDCG@"))
 
 
 def as_json(row: Method) -> Row:
