@@ -157,8 +157,8 @@ def note(full: Method) -> str:
     """The error that comes from the number of cases."""
     errors = [
         f"{name} {error:.4f}"
-        for name, over in full.metrics.items()
-        if (error := binomial_error(name, over.mean, full.cases)) is not None
+        for name in metric_names([full])
+        if (error := binomial_error(name, full.metrics[name].mean, full.cases)) is not None
     ]
     return (
         f"binomial standard error of full over {full.cases} cases: {', '.join(errors)}"
