@@ -25,9 +25,13 @@ endif
 # One build of DeepSpeed's extension a clone: clones do not wait for each other's locks.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 
+# Of the benchmarks that train; SOURCE and DATA reach them as settings.
+SEED_OPTIONS = $(if $(SEEDS),--seeds "$(SEEDS)") $(if $(DAYS),--days "$(DAYS)") \
+  $(if $(filter-out 0,$(FORCE)),--force) $(if $(JSON),--json "$(JSON)")
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run test bench-decode bench-bulk-inference bench-cost bench-constraint-index bench-neighbours bench-churn bench-semantic-ids bench-quantiser-scale lint format airflow lock clean clean-state java
+.PHONY: help setup run test bench-quality ablation bench-decode bench-bulk-inference bench-cost bench-constraint-index bench-neighbours bench-churn bench-semantic-ids bench-quantiser-scale lint format airflow lock clean clean-state java
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +62,12 @@ run: setup ## the daily chain over a few days, through Airflow; ends with a tabl
 
 test: setup java ## all tests
 	$(BIN)/python -m pytest
+
+bench-quality: setup ## all methods over SEEDS=3 seeds, without Airflow; SOURCE=, DATA=folder, JSON=
+	@$(BIN)/python -m benchmarks.quality $(SEED_OPTIONS)
+
+ablation: setup ## what each part is worth, over SEEDS=3 seeds (hours); ONLY=name,name, as bench-quality
+	@$(BIN)/python -m benchmarks.ablation $(SEED_OPTIONS) $(if $(ONLY),--only "$(ONLY)")
 
 bench-decode: setup ## users a second of the decoder against two baselines
 	$(BIN)/python -m benchmarks.decode $(if $(JSON),--json "$(JSON)")

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import datetime as dt
-import io
 import json
 import os
 import resource
@@ -48,6 +47,7 @@ import pyarrow.compute as pc
 import torch
 
 from benchmarks.next_object import Cases, hit_rate
+from benchmarks.page import as_svg, new_figure
 from leadre_lib.catalogue import marketing_objects
 from leadre_lib.embeddings import ad_text, embed
 from leadre_lib.errors import LeadreError
@@ -370,10 +370,7 @@ def text_table(rows: list[Row]) -> str:
 
 def plots(rows: list[Row]) -> str:
     """Bars of the main measures, one small plot each, as inline SVG."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = new_figure(11, 4.6)
     names = [row["method"].removeprefix("leadre ") for row in rows[::-1]]
     heads = [head for head in PLOTTED if rows[0][head] is not None]
     for place, head in enumerate(heads, 1):
@@ -386,10 +383,7 @@ def plots(rows: list[Row]) -> str:
         axes.tick_params(labelsize=8)
         if place % 4 != 1:
             axes.set_yticklabels([])
-    sink = io.StringIO()
-    with rc_context({"svg.hashsalt": rows[0]["data"], "svg.fonttype": "none"}):
-        figure.savefig(sink, format="svg", metadata={"Date": None})
-    return sink.getvalue()[sink.getvalue().index("<svg") :]
+    return as_svg(figure)
 
 
 def write_page(path: Path, sections: dict[str, tuple[str, list[Row]]]) -> None:

@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -35,6 +35,9 @@ from leadre_lib.facts import write_json
 from leadre_lib.lake import Lake
 from leadre_lib.release import Releases
 from leadre_lib.settings import Settings
+
+if TYPE_CHECKING:
+    from leadre_lib.sources import Source
 
 DAG = "leadre_daily"
 BOOKKEEPING = frozenset({"training_done", "watcher"})  # tasks that run no job
@@ -62,6 +65,11 @@ def days_to_run(settings: Settings, days: int) -> list[dt.date]:
 
     source = open_source(settings)
     claim_state(source, settings)
+    return days_of(source, days)
+
+
+def days_of(source: Source, days: int) -> list[dt.date]:
+    """The day of a source's initial load and up to `days` days after it, as far as it goes."""
     first, last = source.first_ds(), source.last_ds()
     count = days if last is None else min(days, (last - first).days)
     return [first + dt.timedelta(days=n) for n in range(count + 1)]

@@ -481,13 +481,13 @@ def _check_environment() -> None:
     for name in os.environ:
         if not name.startswith(ENV_PREFIX):
             continue
-        section, *rest = name.removeprefix(ENV_PREFIX).lower().split("__")
-        field = Settings.model_fields.get(section)
-        known = field is not None
-        if field is not None and rest:
-            kind: Any = field.annotation
-            is_section = isinstance(kind, type) and issubclass(kind, Section)
-            known = is_section and len(rest) == 1 and rest[0] in kind.model_fields
+        kind: Any = Settings
+        for part in name.removeprefix(ENV_PREFIX).lower().split("__"):
+            is_section = isinstance(kind, type) and issubclass(kind, BaseModel)
+            known = is_section and part in kind.model_fields
+            if not known:
+                break
+            kind = kind.model_fields[part].annotation
         if not known:
             raise SettingsError(f"unknown environment variable {name}: see leadre_lib/settings.py")
 

@@ -17,6 +17,7 @@ from airflow.providers.common.compat.sdk import AirflowFailException, AirflowSki
 from airflow.sdk import DAG
 from airflow.serialization.serialized_objects import DagSerialization
 
+from benchmarks import chain
 from dags import wiring
 from dags.pools import POOLS
 from dags.raw_day import RawDayOperator, RawDayTrigger, missing_tables
@@ -108,6 +109,17 @@ def test_every_task_has_its_job(dags: dict[str, DAG]) -> None:
     assert missing == []
     assert names >= wiring.SPARK_JOBS
     assert tuple(RAW_TABLES) == wiring.RAW_TABLES
+
+
+def test_benchmarks_run_the_jobs_up_to_evaluate_in_their_order(dags: dict[str, DAG]) -> None:
+    dag = dags["leadre_daily"]
+    wanted = dag.get_task("evaluate").get_flat_relative_ids(upstream=True) | {"evaluate"}
+    names = [job.name for job in chain.JOBS]
+    assert set(names) - {"land"} == wanted - NO_JOB - chain.LEFT_OUT
+    place = {name: number for number, name in enumerate(names)}
+    for name in place:
+        after = dag.get_task(name).downstream_task_ids if dag.has_task(name) else set()
+        assert all(place[name] < place[later] for later in after if later in place), name
 
 
 def test_parsing_imports_nothing_heavy() -> None:

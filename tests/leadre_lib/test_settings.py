@@ -20,11 +20,20 @@ def test_environment_goes_over_profile_and_source(
     assert settings.lake == tmp_path / "movielens" / "lake"
 
 
+def test_a_section_within_a_section_has_variables_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEADRE_EXAMPLES__TASK_WEIGHTS__SID_TO_TEXT", "0")
+    weights = load_settings().examples.task_weights
+    assert weights.sid_to_text == 0
+    assert weights.next_ad == 1
+
+
 @pytest.mark.parametrize(
     ("name", "value", "told"),
     [
         ("LEADRE_ENGNE", "spark", "LEADRE_ENGNE"),
         ("LEADRE_SFT__EPOCH", "2", "LEADRE_SFT__EPOCH"),
+        ("LEADRE_SFT__EPOCHS__MANY", "2", "LEADRE_SFT__EPOCHS__MANY"),
+        ("LEADRE_EXAMPLES__TASK_WEIGHTS__RIDDLE", "1", "LEADRE_EXAMPLES__TASK_WEIGHTS__RIDDLE"),
         ("LEADRE_SFT__EPOCHS", "none", "sft.epochs"),
         ("LEADRE_ENGINE", "flink", "engine"),
         ("LEADRE_PROFILE", "moon", "moon"),
