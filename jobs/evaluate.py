@@ -60,7 +60,9 @@ def taken_before(
 def _past(settings: Settings, lake: Lake, ds: dt.date) -> pa.Table:
     first = ds - dt.timedelta(days=settings.interests.window_days)
     days = [day for day in lake.days("behaviours") if first <= day < ds]
-    past = pa.concat_tables([lake.read("behaviours", day, BEHAVIOUR_COLUMNS) for day in days])
+    none = load_contract("behaviours").arrow_schema().empty_table().select(BEHAVIOUR_COLUMNS)
+    read = [lake.read("behaviours", day, BEHAVIOUR_COLUMNS) for day in days]
+    past = pa.concat_tables(read or [none])
     return past.sort_by([(name, "ascending") for name in IN_ORDER])
 
 

@@ -55,8 +55,8 @@ def _retriever(
 
     from leadre_lib import candidates
     from leadre_lib.catalogue import catalogue
-    from leadre_lib.generation import open_decoder, sid_sizes
     from leadre_lib.fusion import Factors, Fusion
+    from leadre_lib.generation import open_decoder, sid_sizes
     from leadre_lib.indexes import open_constraint, open_neighbours, open_signals
     from leadre_lib.quantisers import Codebook
     from leadre_lib.retrieval import set_threads
@@ -76,7 +76,7 @@ def _retriever(
     if inference.fill:
         filler = candidates.Filler(ads, near, rows, groups, decoding.max_per_group)
     signals = open_signals(release, ads, near, rows)
-    if settings.fusion.enabled and signals is not None and release.manifest["fusion"]:
+    if settings.fusion.enabled and signals is not None and release.manifest.get("fusion"):
         fused = (
             Fusion(signals, ads.active_objects, settings.fusion, groups, decoding.max_per_group),
             Factors(**release.manifest["fusion"]),

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import curate, index_rebuild, infer, promote, release, semantic_ids, sft
+from jobs.evaluate import taken_before
 from leadre_lib.catalogue import Catalogue, catalogue
 from leadre_lib.constraint_index import ConstraintIndex, ConstraintIndexError
 from leadre_lib.decoding import BeamDecoder
@@ -106,9 +107,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = build_tokenizer(now.texts(), sid_tokens(sizes), settings.model.vocabulary)
     model = build_model(settings.model, tokenizer, 1)
     save(model, tokenizer, settings.work(DAY0) / "model")
-    parts = build_indexes(now, sizes, settings, settings.work(DAY0) / "indexes")
+    taken = taken_before(settings, Lake(settings.lake), now, DAY0).histories()
+    parts = build_indexes(now, sizes, taken, settings, settings.work(DAY0) / "indexes")
     parts |= {"codebook": settings.codebooks / now.codebook, "model": settings.work(DAY0) / "model"}
     told = {"versions": {"codebook": now.codebook, "template": "en-1"}, "metrics": {}}
+    told["fusion"] = {"model": 1.0}
     releases = Releases(settings.releases)
     releases.promote(DAY0, releases.build(DAY0, parts, told).id, "made by hand")
     return home

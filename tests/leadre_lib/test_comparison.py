@@ -9,10 +9,21 @@ import pyarrow as pa
 import pytest
 
 from leadre_lib.catalogue import Catalogue, catalogue
-from leadre_lib.comparison import baseline_scorers, cases_of, interactions, verdict
+from leadre_lib.comparison import (
+    Cases,
+    baseline_scorers,
+    cases_of,
+    fit_fusion,
+    fused_lists,
+    interactions,
+    verdict,
+)
 from leadre_lib.errors import LeadreError
 from leadre_lib.evaluation import WEIGHTED_HR, Histories
-from leadre_lib.settings import EvaluationSettings, SasrecSettings
+from leadre_lib.fusion import Fusion, Written
+from leadre_lib.retrieval import EmbeddingIndex
+from leadre_lib.settings import EvaluationSettings, FusionSettings, SasrecSettings
+from leadre_lib.signals import build_signals
 from tests.worlds import ADS, DAY0, DAY1, at, rows
 
 RULES = EvaluationSettings(tolerance=0.02, min_value_gain=0.05, max_hit_loss=0.01)
@@ -165,3 +176,48 @@ def test_baselines_are_all_there_and_sasrec_learns_a_visit_as_one_step() -> None
     none = settings.model_copy(update={"epochs": 0})
     left = baseline_scorers(interactions(past(once), small()), titles, none, 3)
     assert list(left) == ["popularity", "item-knn", "nearest-titles"]
+
+
+def test_the_steps_of_histories_pass_over_a_click_that_was_converted_on() -> None:
+    events = [
+        ("u1", "click", "a2"),
+        ("u1", "conversion", "a2"),
+        ("u1", "click", "a1"),
+        ("u2", "conversion", "a3"),
+    ]
+    found = interactions(past(events), small()).histories()
+    assert found.offsets.tolist() == [0, 2, 3]
+    assert found.values.tolist() == [1, 0, 2]
+
+
+def test_what_is_measured_of_fusion_owes_nothing_to_the_case_itself() -> None:
+    # In one half of the cases the model is right, in the other one always wrong: the factors of
+    # each half are right for the other half alone.
+    cases, objects = 200, 40
+    rng = np.random.default_rng(1)
+    written = Written(
+        np.argsort(rng.random((cases, objects)), axis=1)[:, :4],
+        np.tile([-1.0, -2.0, -3.0, -4.0], (cases, 1)),
+    )
+    target = written.objects[:, 0].copy()
+    target[cases // 2 :] = (written.objects[cases // 2 :].max(axis=1) + 1) % objects
+    told = Cases(
+        ["p"] * cases,
+        Histories.of([[int(row)] for row in rng.integers(0, objects, cases)]),
+        target,
+        np.full(cases, np.nan),
+    )
+    meaning = EmbeddingIndex.build(np.eye(objects, dtype=np.float32))
+    settings = FusionSettings(near=objects)
+    signals = build_signals([f"text {n}" for n in range(objects)], meaning, Histories.of([[0, 1]]), settings)
+    fusion = Fusion(signals, np.ones(objects, bool), settings)
+    found = fit_fusion(fusion, written, told, False)
+    assert found is not None
+    whole, ranked = found
+    own = fusion.fit(written, told.histories, np.where(np.arange(cases) < 100, target, -1))
+    assert own is not None
+    with_own = fused_lists(fusion, own, written, told, False)
+    first = (ranked[:100, 0] == target[:100]).mean()
+    assert (with_own[:100, 0] == target[:100]).all()
+    assert first < 0.5
+    assert whole.as_dict() != own.as_dict()

@@ -19,6 +19,8 @@ from leadre_lib.candidates import USER_COLUMNS, Earlier, Filler, Retriever, grou
 from leadre_lib.catalogue import Catalogue, catalogue
 from leadre_lib.constraint_index import ConstraintIndex
 from leadre_lib.decoding import BeamDecoder
+from leadre_lib.evaluation import Histories
+from leadre_lib.fusion import Factors, Fusion
 from leadre_lib.inference import (
     DECODING,
     Part,
@@ -32,7 +34,14 @@ from leadre_lib.inference import (
 from leadre_lib.lake import Lake, LakeError, Partition
 from leadre_lib.model import build_model, build_tokenizer, sid_token_ids, sid_tokens
 from leadre_lib.retrieval import EmbeddingIndex
-from leadre_lib.settings import DecodingSettings, ModelSettings, Settings, load_settings
+from leadre_lib.settings import (
+    DecodingSettings,
+    FusionSettings,
+    ModelSettings,
+    Settings,
+    load_settings,
+)
+from leadre_lib.signals import build_signals
 from tests.worlds import DAY0, DAY1, ad, rows
 
 SIZES = [4, 4]
@@ -232,6 +241,38 @@ def test_the_model_is_filled_up_by_neighbours_and_then_by_popularity(
     assert scores["u01", "a3"] == pytest.approx(0.8)
 
 
+def test_what_is_fused_says_whether_the_model_wrote_it(
+    retriever: Retriever, ads: Catalogue, tmp_path: Path
+) -> None:
+    # Whoever bought the shoes, object a1, goes on to the tent, which sells as a6.
+    walked = Histories.of([ads.object_rows(pa.array(["a1", "a6"])).tolist()] * 5)
+    meaning = EmbeddingIndex.build(VECTORS)
+    signals = build_signals(ads.texts(), meaning, walked, FusionSettings())
+    weights = dict.fromkeys(Factors.__dataclass_fields__, 0.0)
+    fusion = Fusion(signals, ads.active_objects, FusionSettings())
+    asked = replace(retriever, fusion=(fusion, Factors(**{**weights, "taken": 9.0})))
+    asked.decoder.set_active(ads.object_ids.to_numpy(False) == ads.object_ids[0].as_py())
+    try:
+        made = asked.candidates(users())[0]
+    finally:
+        asked.decoder.set_active(ads.active_objects)
+    found = made.to_pandas()
+    first = found[found["rank"] == 1].set_index("user_id")
+    bought = [f"u{n:02}" for n in range(1, USERS, 2)]
+    assert set(first.loc[bought, "ad_id"]) == {"a6"}
+    assert set(first.loc[bought, "source"]) == {"signals"}
+    assert set(found["source"]) == {"model", "signals"}
+    assert found[found["source"] == "model"]["semantic_id"].nunique() == 1
+    assert "a4" not in set(found["ad_id"])  # stopped
+    assert (found.groupby("user_id")["semantic_id"].nunique() == 2).all()
+    # The next night takes over what was fused, and says where it came from.
+    pq.write_table(made, tmp_path / "earlier.parquet")
+    earlier = Earlier([tmp_path / "earlier.parquet"], DAY1, 10**5)
+    after, decoded = replace(asked, earlier=earlier).candidates(users())
+    assert decoded == 0
+    assert after.equals(made)
+
+
 def test_everybody_has_k_as_far_as_there_are_objects(retriever: Retriever, ads: Catalogue) -> None:
     def bought(n: int) -> list[str]:
         return [["a1", "a2"], ["a1", "gone"], ["a2", "a3", "a6", "a1"], []][n % 4]
@@ -326,6 +367,10 @@ def test_only_the_same_release_and_settings_are_carried_over(
         home=settings.home, inference={"incremental": True}, decoding={"beam": 64}
     )
     assert earlier_partition(other, lake, day, "r") is None
+    alone = load_settings(
+        home=settings.home, inference={"incremental": True}, fusion={"enabled": False}
+    )
+    assert earlier_partition(alone, lake, day, "r") is None
     # Parts of the one never stand for parts of the other.
     folders = {
         parts_folder(told, lake, day, release, earlier)

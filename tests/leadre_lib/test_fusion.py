@@ -1,0 +1,143 @@
+"""Fusion in a made-up world in which what was taken next is known to follow from one signal."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+from leadre_lib.evaluation import Histories
+from leadre_lib.fusion import (
+    MIN_CASES,
+    Factors,
+    Fusion,
+    Written,
+    look_up,
+    strongest_columns,
+)
+from leadre_lib.retrieval import EmbeddingIndex
+from leadre_lib.settings import FusionSettings
+from leadre_lib.signals import Signals, build_signals
+
+OBJECTS, FAMILIES, CASES = 120, 12, 400
+SETTINGS = FusionSettings(near=20, words=8)
+ALL = np.ones(OBJECTS, bool)
+NOBODY = Factors(**dict.fromkeys(Factors.__dataclass_fields__, 0.0))
+
+
+@pytest.fixture(scope="module")
+def signals() -> Signals:
+    """Objects of a family, every twelfth, mean nearly the same; people go on by seven."""
+    rng = np.random.default_rng(1)
+    families = rng.normal(size=(FAMILIES, 16))
+    rows = families[np.arange(OBJECTS) % FAMILIES] + 0.2 * rng.normal(size=(OBJECTS, 16))
+    vectors = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    texts = [f"family {'abcdefghijkl'[n % FAMILIES] * 5}" for n in range(OBJECTS)]
+    starts = rng.integers(0, OBJECTS, 600)
+    walked = Histories.of([[s, (s + 7) % OBJECTS, (s + 14) % OBJECTS] for s in starts])
+    return build_signals(texts, EmbeddingIndex.build(vectors), walked, SETTINGS)
+
+
+def nothing(cases: int = CASES) -> Written:
+    return Written(np.empty((cases, 0), np.int64), np.empty((cases, 0)))
+
+
+def histories(rng: np.random.Generator) -> Histories:
+    return Histories.of(rng.integers(0, OBJECTS, (CASES, 3)).tolist())
+
+
+def hits(found: np.ndarray, target: np.ndarray) -> float:
+    return float((found == target[:, None]).any(axis=1).mean())
+
+
+def test_cases_say_which_signal_counts(signals: Signals) -> None:
+    rng = np.random.default_rng(2)
+    past = histories(rng)
+    latest = past.values[2::3]
+    written = Written(rng.integers(0, OBJECTS, (CASES, 1)), np.zeros((CASES, 1)))
+    written.objects[:, 0] = (latest + 50) % OBJECTS
+    targets = {
+        "taken": (latest + 7) % OBJECTS,
+        "meaning": (latest + FAMILIES * rng.integers(1, 9, CASES)) % OBJECTS,
+        "written": written.objects[:, 0],
+        "latest": latest,
+    }
+    fusion = Fusion(signals, ALL, SETTINGS)
+    for name, target in targets.items():
+        factors = fusion.fit(written, past, target)
+        assert factors is not None
+        found, scores = fusion.rank(factors, written, past, 10)
+        assert hits(found, target) > 0.9, name
+        assert (np.diff(scores, axis=1) <= 0).all()
+        assert (np.exp(scores).sum(axis=1) <= 1 + 1e-6).all()
+    by_model = fusion.fit(written, past, targets["written"])
+    by_habit = fusion.fit(written, past, targets["taken"])
+    assert by_model is not None
+    assert by_habit is not None
+    assert by_model.written > 3 > by_habit.written
+    assert by_habit.taken > by_model.taken + 3
+
+
+def test_a_model_counts_by_how_sure_it_is(signals: Signals) -> None:
+    rng = np.random.default_rng(3)
+    beam = np.argsort(rng.random((CASES, OBJECTS)), axis=1)[:, :8]
+    log_p = np.sort(rng.normal(-3, 2, (CASES, 8)), axis=1)[:, ::-1]
+    share = np.exp(log_p - np.logaddexp.reduce(log_p, axis=1, keepdims=True))
+    place = (share.cumsum(axis=1) < rng.random((CASES, 1))).sum(axis=1).clip(0, 7)
+    target = beam[np.arange(CASES), place]
+    fusion = Fusion(signals, ALL, SETTINGS)
+    factors = fusion.fit(Written(beam, log_p), histories(rng), target)
+    assert factors is not None
+    assert factors.model == pytest.approx(1.0, abs=0.2)  # the draws follow its probabilities
+
+
+def test_only_what_is_active_and_wanted_is_ranked(signals: Signals) -> None:
+    past = Histories.of([[5, 17], []])
+    some = np.arange(OBJECTS) % 2 == 1
+    near = Factors(**{**NOBODY.as_dict(), "meaning": 5.0, "popularity": 1.0, "seen": 3.0})
+    found, scores = Fusion(signals, some, SETTINGS).rank(near, nothing(2), past, 15)
+    assert some[found[found >= 0]].all()
+    assert set(found[0, :2]) == {5, 17}
+    assert (found[1] >= 0).all()  # whoever has no history gets what is popular
+    assert np.isfinite(scores[found >= 0]).all()
+    without, _ = Fusion(signals, some, SETTINGS).rank(near, nothing(2), past, 15, unwanted=past)
+    assert not {5, 17} & set(without[0])
+
+
+def test_groups_have_room_for_so_many(signals: Signals) -> None:
+    groups = np.arange(OBJECTS) % FAMILIES
+    near = Factors(**{**NOBODY.as_dict(), "meaning": 5.0})
+    past = Histories.of([[5]])
+    whole, _ = Fusion(signals, ALL, SETTINGS).rank(near, nothing(1), past, 8)
+    found, scores = Fusion(signals, ALL, SETTINGS, groups, 2).rank(near, nothing(1), past, 8)
+    assert (groups[whole] == 5).sum() > 2
+    assert np.bincount(groups[found[0]]).max() == 2
+    assert found[0, 0] == whole[0, 0]
+    assert (np.diff(scores) <= 0).all()
+
+
+def test_too_few_cases_fit_nothing(signals: Signals) -> None:
+    few = np.full(CASES, -1)
+    few[: MIN_CASES - 1] = 3
+    rng = np.random.default_rng(4)
+    assert Fusion(signals, ALL, SETTINGS).fit(nothing(), histories(rng), few) is None
+
+
+def test_the_same_cases_are_ranked_alike_in_any_company(signals: Signals) -> None:
+    rng = np.random.default_rng(5)
+    past, fusion = histories(rng), Fusion(signals, ALL, SETTINGS)
+    factors = Factors(**{**NOBODY.as_dict(), "meaning": 2.0, "words": 1.0, "taken": 3.0})
+    all_of_them, scores = fusion.rank(factors, nothing(), past, 10)
+    alone, alone_scores = fusion.rank(factors, nothing(7), past.slice(300, 307), 10)
+    assert np.array_equal(alone, all_of_them[300:307])
+    assert alone_scores == pytest.approx(scores[300:307], abs=1e-6)
+
+
+def test_entries_are_looked_up_and_the_strongest_found() -> None:
+    matrix = sparse.csr_array(np.array([[0.0, 2, 1, 3], [0, 0, 0, 0], [5, 0, 5, 0]]))
+    rows = np.array([[0, 0, 1], [2, 2, 0]])
+    columns = np.array([[3, 0, 2], [2, -1, 1]])
+    assert look_up(matrix, rows, columns).tolist() == [[3, 0, 0], [5, 0, 2]]
+    assert look_up(sparse.csr_array((3, 4)), rows, columns).tolist() == [[0] * 3] * 2
+    assert strongest_columns(matrix, 2).tolist() == [[3, 1], [-1, -1], [0, 2]]
+    assert strongest_columns(sparse.csr_array((2, 4)), 2).shape == (2, 0)
