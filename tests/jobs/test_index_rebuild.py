@@ -242,12 +242,13 @@ def test_a_day_that_is_run_again_takes_its_refresh_back(settings: Settings) -> N
 def test_a_model_from_before_a_refresh_makes_no_release(settings: Settings) -> None:
     work, parent = settings.work(DAY0), champion(settings)
     verdict = {"challenger": "sft", "champion": None, "valid": {}, "codebook": parent.codebook}
-    verdict["template"] = "zh-1"
+    verdict |= {"template": "zh-1", "fusion": {"model": 2.0}}
     write_json(work / "evaluation.json", verdict)
     shutil.copytree(parent.model, work / "sft" / "model")
     release.run(args(), settings)
     made = json.loads((work / "release.json").read_text())["release"]
     assert Releases(settings.releases).open(made).template == "zh-1"
+    assert Releases(settings.releases).open(made).manifest["fusion"] == {"model": 2.0}
     index_rebuild.run(args(refresh=True), settings)
     with pytest.raises(LeadreError, match="it was refreshed since"):
         release.run(args(), settings)
