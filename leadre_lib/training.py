@@ -424,7 +424,7 @@ def run_ranks(stage: Stage, work: Path, settings: Settings) -> Path:
     checkpoint = newest_checkpoint(folder / "checkpoints")
     if checkpoint:
         log.info("%s: resuming from %s", stage, checkpoint)
-    write_json(folder / "run.json", _run(stage, work, section, settings, checkpoint))
+    write_json(folder / "run.json", rank_arguments(stage, work, section, settings, checkpoint))
     code = _launch(folder, section)
     if not (folder / "model").is_dir():
         raise TrainingError(
@@ -435,14 +435,14 @@ def run_ranks(stage: Stage, work: Path, settings: Settings) -> Path:
     return folder / "model"
 
 
-def _run(
+def rank_arguments(
     stage: Stage,
     work: Path,
     section: TrainingSettings,
     settings: Settings,
     checkpoint: Path | None,
 ) -> dict[str, Any]:
-    """What a rank needs to know."""
+    """What a rank needs to know, as `run.json` holds it."""
     return {
         "stage": stage,
         "init": str(work / "sft" / ("init" if stage == "sft" else "model")),

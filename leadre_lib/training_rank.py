@@ -55,7 +55,7 @@ disable_progress_bars()
 def train(folder: Path) -> None:
     """Train as one of the ranks that DeepSpeed started; rank 0 writes `loss.json` and `model/`."""
     run = read_json(folder / "run.json")
-    trainer = _trainer(folder, run)
+    trainer = open_trainer(folder, run)
     trainer.train(resume_from_checkpoint=run["resume"])
     weights = _float32_weights(trainer)  # every rank takes part
     if trainer.is_world_process_zero():
@@ -73,7 +73,8 @@ def train(folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
-def _trainer(folder: Path, run: dict[str, Any]) -> Trainer:
+def open_trainer(folder: Path, run: dict[str, Any]) -> Trainer:
+    """The trainer of what `training` prepared in `folder`; `run` is what `run.json` says."""
     model, tokenizer = models.load(Path(run["init"]))
     parts: dict[str, Any] = {
         "model": model,
@@ -129,7 +130,7 @@ def _arguments(folder: Path, section: TrainingSettings, seed: int, examples: int
         "dataloader_pin_memory": torch.cuda.is_available(),
         "learning_rate": section.learning_rate,
         "lr_scheduler_type": "cosine",
-        "warmup_steps": round(section.warmup_ratio * steps),
+        "warmup_steps": warmup_steps(section, steps),
         "weight_decay": section.weight_decay,
         "max_grad_norm": 1.0,
         "optim": "adamw_torch",
@@ -141,6 +142,11 @@ def _arguments(folder: Path, section: TrainingSettings, seed: int, examples: int
         "seed": seed,
         "data_seed": seed,
     }
+
+
+def warmup_steps(section: TrainingSettings, steps: int) -> int:
+    """Optimizer steps in which the learning rate rises."""
+    return round(section.warmup_ratio * steps)
 
 
 @dataclass(frozen=True)
