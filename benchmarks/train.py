@@ -13,10 +13,11 @@ All methods start from the same random weights and take the same steps' worth of
 
 Columns: `tokens/s` counts what is read and no padding, `targets/s` answers learnt; `x one target`:
 how many times as many targets a second as with a target a sequence; `x bare`: how many times as
-many tokens a second as the bare loop; `of peak`: of `--peak-tflops`, 6 FLOPs a weight and token (Kaplan
-et al. 2020, arXiv 2001.08361, section 2.1). The methods take turns of some steps, so that whatever
-else the machine does meets them alike; the median over the turns is reported, after warm-up turns.
-Checkpoints and validation are left out. The run fails if the bare loop's losses are not ours.
+many tokens a second as the bare loop; `of peak`: of `--peak-tflops`, 6 FLOPs a weight and token
+(Kaplan et al. 2020, arXiv 2001.08361, section 2.1). The methods take turns of some steps, so that
+whatever else the machine does meets them alike; the median over the turns is reported, after some
+that warm up. Checkpoints and validation are left out. The run fails if the bare loop's losses are
+not ours.
 """
 
 from __future__ import annotations
@@ -161,10 +162,8 @@ class Turns:
         return self.wait()
 
 
-def train_ours(folder: Path, environment: dict[str, str], threads: int, turns: Turns) -> None:
+def train_ours(folder: Path, turns: Turns) -> None:
     """A rank of the chain's own training, in a process of its own."""
-    os.environ.update(environment)
-    torch.set_num_threads(threads)
     from transformers import TrainerCallback
 
     trainer = open_trainer(folder, json.loads((folder / "run.json").read_bytes()))
@@ -185,9 +184,8 @@ def train_ours(folder: Path, environment: dict[str, str], threads: int, turns: T
     torch.distributed.destroy_process_group()
 
 
-def train_bare(folder: Path, threads: int, turns: Turns) -> None:
+def train_bare(folder: Path, turns: Turns) -> None:
     """The loop that one would write without trainers, in a process of its own."""
-    torch.set_num_threads(threads)
     section = SftSettings.model_validate(json.loads((folder / "run.json").read_bytes())["section"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = load(folder / "init")[0].to(device).train()
@@ -261,13 +259,15 @@ class Method:
             port = probe.getsockname()[1]
         for rank in range(ranks):
             own, theirs = context.Pipe()
-            turns, threads = Turns(theirs, args.steps), max(1, args.threads // ranks)
+            threads = max(1, args.threads // ranks)
             numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_SIZE": ranks}
-            environment = {name: str(value) for name, value in numbers.items()}
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            target: Any = train_bare if kind == BARE else train_ours
-            given = (folder, threads) if kind == BARE else (folder, environment, threads)
-            process = context.Process(target=target, args=(*given, turns), daemon=True)
+            numbers |= {"MASTER_PORT": port, "OMP_NUM_THREADS": threads}
+            # Read when the process imports torch, so it has to be there before.
+            os.environ.update({name: str(value) for name, value in numbers.items()})
+            target = train_bare if kind == BARE else train_ours
+            process = context.Process(
+                target=target, args=(folder, Turns(theirs, args.steps)), daemon=True
+            )
             process.start()
             theirs.close()
             self.pipes.append(own)
@@ -369,6 +369,7 @@ def main() -> None:
     """Measure, print the table."""
     args = (parser := arguments()).parse_args()
     os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")  # of the ranks
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     if args.rows < 2 or args.rows % 2:
         parser.error("rows is an even number, for two ranks share them")

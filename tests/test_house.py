@@ -35,6 +35,7 @@ FLOORS: list[set[str]] = [
         "relations",
         "preferences",
         "preference_rank",
+        "rank_model",
         "beam_pairs",
         "training",
         "training_rank",

@@ -22,7 +22,7 @@ from leadre_lib import training
 from leadre_lib.constraint_index import ConstraintIndex
 from leadre_lib.decoding import BeamDecoder
 from leadre_lib.errors import LeadreError
-from leadre_lib.model import load, sid_token_ids, sid_tokens
+from leadre_lib.model import load, sid_ids, sid_token_ids, sid_tokens
 from leadre_lib.packing import NO_LABEL
 from leadre_lib.settings import (
     REPOSITORY,
@@ -193,13 +193,13 @@ def command_of(process: psutil.Process) -> list[str]:
         return []
 
 
-def kill_a_rank_after(step: int, work: Path, stop: threading.Event) -> None:
-    """`kill -9` of the second rank, once a checkpoint of `step` is whole."""
+def kill_a_rank_after(step: int, work: Path, stop: threading.Event, rank: int = 1) -> None:
+    """`kill -9` of a rank, once a checkpoint of `step` is whole."""
     sealed = work / "sft" / "checkpoints" / f"checkpoint-{step}" / "complete.json"
     while not stop.wait(0.01):
         if sealed.exists():
             for process in psutil.Process().children(recursive=True):
-                if "--local_rank=1" in command_of(process):
+                if f"--local_rank={rank}" in command_of(process):
                     process.kill()
                     return
 
@@ -415,3 +415,73 @@ def test_stale_build_locks_are_removed(tmp_path: Path, monkeypatch: pytest.Monke
     os.utime(lock, (0, 0))
     training._clear_stale_locks()
     assert not lock.exists()
+
+
+def one_rank(settings: Settings, **options: object) -> Settings:
+    """The settings with one rank of SFT that sees as many rows a step, and other options."""
+    update = {"ranks": 1, "batch_size": 2 * settings.sft.batch_size, **options}
+    return settings.model_copy(update={"sft": settings.sft.model_copy(update=update)})
+
+
+def losses(work: Path) -> list[float]:
+    return [entry["loss"] for entry in json.loads((work / "sft" / "loss.json").read_text())]
+
+
+def test_adapters_train_little_and_leave_a_plain_model(
+    trained: Path, examples: pa.Table, settings: Settings, tmp_path: Path
+) -> None:
+    section = one_rank(settings, lora_rank=4, max_steps=20, patience=10)
+    prepare(examples, tmp_path, section)
+    start = load_file(tmp_path / "sft" / "init" / "model.safetensors")
+    training.run_ranks("sft", tmp_path, section)
+    # An adapter starts as nothing, so the first step is that of a training of all weights.
+    assert losses(tmp_path)[0] == pytest.approx(losses(trained)[0], rel=1e-4)
+    assert losses(tmp_path)[-1] < 0.9 * losses(tmp_path)[0]
+    end, (_, tokenizer) = weights(tmp_path), load(tmp_path / "sft" / "model")
+    assert end.keys() == start.keys()
+    moved = {name for name in start if not np.array_equal(start[name], end[name])}
+    assert moved == {n for n in start if "_proj.weight" in n or "embed_tokens" in n}
+    layer = "model.layers.0.self_attn.q_proj.weight"
+    assert np.linalg.matrix_rank(end[layer] - start[layer], tol=1e-5) <= 4
+    rows = start["model.embed_tokens.weight"] != end["model.embed_tokens.weight"]
+    semantic = np.isin(np.arange(len(rows)), [*sid_ids(tokenizer)])
+    assert not rows[~semantic].any()
+    assert rows[semantic].any()
+    # Validation decoded what is kept: the last weights alone are not what it measured before.
+    assert len({entry["NDCG@10"] for entry in validations(tmp_path)}) > 1
+
+
+def test_adapters_go_on_after_a_stop(
+    examples: pa.Table, settings: Settings, tmp_path: Path
+) -> None:
+    section = one_rank(settings, lora_rank=2)
+    folders = [tmp_path / "whole", tmp_path / "stopped"]
+    for folder in folders:
+        prepare(examples, folder, section)
+    training.run_ranks("sft", folders[0], section)
+    ended = threading.Event()
+    killer = threading.Thread(target=kill_a_rank_after, args=(4, folders[1], ended, 0))
+    killer.start()
+    try:
+        with pytest.raises(LeadreError, match=r"a rerun resumes from .*checkpoint"):
+            training.run_ranks("sft", folders[1], section)
+    finally:
+        ended.set()
+        killer.join()
+    training.run_ranks("sft", folders[1], section)
+    assert_same(*folders)
+
+
+def test_partitioned_weights_give_the_same_model(
+    trained: Path, examples: pa.Table, settings: Settings, tmp_path: Path
+) -> None:
+    """ZeRO-3 parts the weights; all ranks' together are those of ZeRO-2, validation's too."""
+    section = settings.sft.model_copy(update={"deepspeed": "deepspeed_cpu_zero3.json"})
+    parted = settings.model_copy(update={"sft": section})
+    prepare(examples, tmp_path, parted)
+    training.run_ranks("sft", tmp_path, parted)
+    np.testing.assert_allclose(losses(tmp_path), losses(trained), rtol=1e-3)
+    ours, theirs = weights(tmp_path), weights(trained)
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        np.testing.assert_allclose(weight, theirs[name], atol=2e-3, err_msg=name)
