@@ -323,7 +323,8 @@ class _Validator(TrainerCallback):
     """Decodes the validation cases some times, keeps the best weights, stops when none follow.
 
     Each rank decodes a share of the cases with a copy of the weights. The best weights lie in
-    `best/`, the curve in `validation.json`; both are reproduced by a resumed training.
+    `best/`, the curve in `validation.json`, where `kept` is true of the best; both are reproduced
+    by a resumed training.
     """
 
     def __init__(self, trainer: Trainer, folder: Path, run: dict[str, Any]) -> None:
@@ -350,12 +351,13 @@ class _Validator(TrainerCallback):
         entry = {"step": state.global_step, **self._measure(model, tokenizer)}
         better = all(_merit(entry) > _merit(before) for before in self.curve)
         self.curve.append(entry)
+        best = max(range(len(self.curve)), key=lambda n: _merit(self.curve[n]))
         if state.is_world_process_zero:
             log.info("validation at step %d: HR@10 %.4f", state.global_step, entry["HR@10"])
             if better:
                 models.save(model, tokenizer, self.folder / "best")
-            write_json(self.folder / "validation.json", self.curve)
-        best = max(range(len(self.curve)), key=lambda n: _merit(self.curve[n]))
+            marked = [{**entry, "kept": n == best} for n, entry in enumerate(self.curve)]
+            write_json(self.folder / "validation.json", marked)
         if len(self.curve) - 1 - best >= self.section.patience:
             control.should_training_stop = True
 
