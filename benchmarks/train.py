@@ -317,7 +317,7 @@ def measure(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     packed = prepare(table, folder / "packed", 1, args)
     tasks = {OURS: (packed, 1), SPLIT: (prepare(alone, folder / "alone", 1, args), 1)}
     tasks[BARE] = (packed, 1)
-    if not args.no_two_ranks:
+    if not args.no_two_ranks and torch.cuda.device_count() != 1:
         tasks[TWO] = (prepare(table, folder / "two", 2, args), 2)
     parameters = sum(weight.numel() for weight in load(packed / "init")[0].parameters())
     methods = {name: Method(name, *task, args) for name, task in tasks.items()}
