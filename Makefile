@@ -31,7 +31,7 @@ SEED_OPTIONS = $(if $(SEEDS),--seeds "$(SEEDS)") $(if $(DAYS),--days "$(DAYS)") 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup run test bench-quality ablation bench-decode bench-bulk-inference bench-cost bench-constraint-index bench-neighbours bench-churn bench-semantic-ids bench-quantiser-scale lint format airflow lock clean clean-state java
+.PHONY: help setup run test bench-quality ablation bench-decode bench-train bench-bulk-inference bench-cost bench-constraint-index bench-neighbours bench-churn bench-semantic-ids bench-quantiser-scale lint format airflow lock clean clean-state java
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-22s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,6 +71,9 @@ ablation: setup ## what each part is worth, over SEEDS=3 seeds (hours); ONLY=nam
 
 bench-decode: setup ## users a second of the decoder against two baselines
 	$(BIN)/python -m benchmarks.decode $(if $(JSON),--json "$(JSON)")
+
+bench-train: setup ## tokens and targets a second of SFT, beside one target a sequence and a bare loop
+	$(BIN)/python -m benchmarks.train $(if $(JSON),--json "$(JSON)")
 
 bench-bulk-inference: setup ## 100,000 simulated users through the job: time, memory, kill, next day (an hour)
 	$(BIN)/python -m benchmarks.bulk_inference $(if $(JSON),--json "$(JSON)")

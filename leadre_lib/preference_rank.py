@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
 from leadre_lib import model as models
+from leadre_lib.rank_model import unpartitioned
 from leadre_lib.settings import DpoSettings
 
 IGNORED = -100  # label of a token without loss
@@ -41,7 +42,7 @@ def preference_trainer(
 
     Args:
         run: what `run.json` says.
-        parts: what every trainer gets: model, tokenizer and callbacks.
+        parts: what every trainer gets: model, tokenizer, adapters and callbacks.
         arguments: gives what every trainer is told.
         score_labels_only: lets a model score the labelled positions alone.
     """
@@ -59,7 +60,8 @@ def preference_trainer(
 
     def load_reference() -> Any:
         dtype = torch.bfloat16 if args.bf16 else torch.float32  # as DeepSpeed casts the policy
-        reference: Any = models.load(Path(run["init"]), dtype)[0]
+        with unpartitioned(args):
+            reference: Any = models.load(Path(run["init"]), dtype)[0]
         score_labels_only(reference)
         return reference.to(args.device).eval()
 

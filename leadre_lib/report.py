@@ -1,4 +1,5 @@
-"""One HTML page a day: results, loss curves, code usage, rows, durations; and the results as rows.
+"""One HTML page a day: results, training curves, code usage, rows, durations; and the results
+as rows.
 
 Everything is read from what the jobs published or noted. Knows nothing of how any of it was made.
 """
@@ -48,22 +49,42 @@ def results_table(settings: Settings, ds: dt.date, split: str = "test") -> list[
     ]
 
 
-def loss_curves(settings: Settings, ds: dt.date) -> str:
-    """The training losses of the day as inline SVG; empty text where nothing was trained."""
-    curves = {}
-    for stage in ("sft", "dpo"):
-        path = settings.work(ds) / stage / "loss.json"
-        if path.exists() and (points := json.loads(path.read_text("utf-8"))):
-            curves[stage] = ([p["step"] for p in points], [p["loss"] for p in points])
-    if not curves:
+def training_curves(settings: Settings, ds: dt.date) -> str:
+    """The day's losses, and HR@10 on the validation cases with the weights that were kept marked.
+
+    Inline SVG; empty text where nothing was trained.
+    """
+    losses = {stage: _curve(settings, ds, stage, "loss") for stage in ("sft", "dpo")}
+    panels = [(f"{stage.upper()} loss", "loss", curve) for stage, curve in losses.items() if curve]
+    if not panels:
         return ""
-    figure = _figure(4.2 * len(curves), 2.8)
-    for place, (stage, (steps, losses)) in enumerate(curves.items(), 1):
-        axes = figure.add_subplot(1, len(curves), place)
-        axes.plot(steps, losses, color="#2f6f9f", linewidth=1.4)
-        axes.set(title=stage.upper(), xlabel="step", ylabel="loss")
+    if validation := _curve(settings, ds, "sft", "validation"):
+        panels.insert(1, ("SFT validation", "HR@10", validation))
+    figure = _figure(4.2 * len(panels), 2.8)
+    for place, (title, what, curve) in enumerate(panels, 1):
+        axes = figure.add_subplot(1, len(panels), place)
+        steps, values = [p["step"] for p in curve], [p[what] for p in curve]
+        axes.plot(steps, values, color="#2f6f9f", linewidth=1.4)
+        for point in (point for point in curve if point.get("kept")):
+            axes.plot(point["step"], point[what], "o", color="#a33b00")
+            axes.axvline(point["step"], color="#a33b00", linewidth=0.8, linestyle="--")
+        axes.set(title=title, xlabel="step", ylabel=what)
         axes.grid(alpha=0.25)
     return _svg(figure)
+
+
+def kept_weights(settings: Settings, ds: dt.date) -> dict[str, Any] | None:
+    """Which validated SFT weights were kept: `step`, `HR@10`, `NDCG@10`, and `validations`."""
+    curve = _curve(settings, ds, "sft", "validation")
+    kept = next((point for point in curve if point.get("kept")), None)
+    return None if kept is None else {**kept, "validations": len(curve)}
+
+
+def _curve(settings: Settings, ds: dt.date, stage: str, name: str) -> list[dict[str, Any]]:
+    """What a training noted step by step; nothing where there was none."""
+    path = settings.work(ds) / stage / f"{name}.json"
+    points: list[dict[str, Any]] = json.loads(path.read_text("utf-8")) if path.exists() else []
+    return points
 
 
 def code_usage_picture(usage: dict[str, Any]) -> str:
@@ -141,7 +162,8 @@ def write_report(settings: Settings, ds: dt.date, notes: list[str]) -> Path:
         valid=results_table(settings, ds, "valid"),
         champion=champion,
         tables=table_rows(settings, ds),
-        losses=loss_curves(settings, ds),
+        curves=training_curves(settings, ds),
+        kept=kept_weights(settings, ds),
         usage=code_usage_picture(known["semantic_ids"]) if "semantic_ids" in known else "",
         durations=durations_picture(runs) if runs else "",
         data_docs=_relative(settings.data_docs / "index.html", folder),
@@ -221,9 +243,14 @@ champion of today: {{ champion.release if champion else "none yet" }};
 <h2>Validation cases, which choose the champion</h2>
 {{ results_of(valid) }}
 {% endif %}
-{% if losses %}
+{% if curves %}
 <h2>Training</h2>
-{{ losses|safe }}
+{{ curves|safe }}
+{% if kept %}
+<p class="muted">SFT was validated {{ kept.validations }} times by decoding; the weights of step
+{{ kept.step }} (marked) were kept: HR@10 {{ kept["HR@10"]|fraction }}, NDCG@10
+{{ kept["NDCG@10"]|fraction }}.</p>
+{% endif %}
 {% endif %}
 {% if usage %}
 <h2>Semantic IDs</h2>

@@ -213,12 +213,14 @@ class TrainingSettings(Section):
     """What SFT and DPO share. Batch sizes are those of a rank and optimizer step: rows, each packed
     with examples, of SFT, and pairs of DPO.
 
-    `ranks` counts those of all hosts; `deepspeed` names a file in `conf`.
+    `ranks` counts those of all hosts; `deepspeed` names a file in `conf`; `hostfile` is a DeepSpeed
+    hostfile, `host slots=8` a line, or empty: this machine alone.
     """
 
     ranks: PositiveInt = 2
     deepspeed: str = "deepspeed_cpu.json"
     hostfile: str = ""
+    master_port: int = Field(0, ge=0, le=65535, description="of the first host; 0: a free one")
     learning_rate: float = Field(3e-3, gt=0)
     batch_size: PositiveInt = 8
     epochs: float = Field(1.5, gt=0)
@@ -227,6 +229,13 @@ class TrainingSettings(Section):
     weight_decay: float = Field(0.1, ge=0)
     checkpoint_steps: PositiveInt = 50
     gradient_checkpointing: bool = False
+    lora_rank: int = Field(
+        0,
+        ge=0,
+        description="of adapters on all linear layers, trained together with the embeddings of"
+        " Semantic ID tokens alone; 0: all weights are trained",
+    )
+    lora_alpha: PositiveInt = Field(32, description="over the rank: what adapters are scaled by")
 
 
 class SftSettings(TrainingSettings):

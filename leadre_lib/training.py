@@ -12,6 +12,7 @@ read, `run_ranks` starts the ranks under DeepSpeed and sees them through; what a
     fingerprint.json           sha256 of all of the above and of the settings: equal means resume
     reference.npy              log-probabilities under the model that DPO starts from
     run.json, ranks.json       what the ranks are told; the session that they run in
+    hosts.env                  with a hostfile: what ranks elsewhere get of the environment
     checkpoints/               of the trainer; private, they hold pickles; gone once it is done
     best/, validation.json     the best weights so far, and the validation curve
     loss.json, model/          the result; `model/` appears whole and last
@@ -26,6 +27,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -34,7 +36,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -64,6 +66,17 @@ CHUNK_ROWS = 8192  # examples held as Python lists at once
 BUCKET_STEPS = 16  # steps among which examples are sorted by length
 BUILDERS = {"ninja", "c++", "g++", "cc1plus", "ld"}
 LOCK_SECONDS = 300
+HOSTS_SECONDS = 60  # for the ranks of other hosts to end
+# Hosts of a hostfile have the same paths as this machine.
+EXPORTED = (
+    "CUDA_HOME",
+    "CXX",
+    "DS_ACCELERATOR",
+    "LD_LIBRARY_PATH",
+    "OMP_NUM_THREADS",
+    "PATH",
+    "TORCH_EXTENSIONS_DIR",
+)
 RESULTS = ("loss.json", "validation.json")
 
 
@@ -376,7 +389,9 @@ def _adopt(
     fingerprint = {
         "prepared": {str(path.relative_to(staged)): _sha256(path) for path in own},
         "init": {path.name: _sha256(path) for path in sorted(init.iterdir())},
-        "settings": section.model_dump(mode="json", exclude={"hostfile", "checkpoint_steps"}),
+        "settings": section.model_dump(
+            mode="json", exclude={"hostfile", "master_port", "checkpoint_steps"}
+        ),
         "deepspeed": _sha256(deepspeed_config(section)),
         "seed": settings.seed,
     }
@@ -393,7 +408,15 @@ def _adopt(
 def _clear(folder: Path) -> None:
     """Remove what this module writes; the fingerprint first, for it vouches for the rest."""
     (folder / "fingerprint.json").unlink(missing_ok=True)
-    for name in ("train.parquet", "order.npy", "rows.npz", "reference.npy", "run.json", *RESULTS):
+    for name in (
+        "train.parquet",
+        "order.npy",
+        "rows.npz",
+        "reference.npy",
+        "run.json",
+        "hosts.env",
+        *RESULTS,
+    ):
         (folder / name).unlink(missing_ok=True)
     for name in ("model", "best", "checkpoints", "init", "validation"):
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -409,7 +432,8 @@ def run_ranks(stage: Stage, work: Path, settings: Settings) -> Path:
     process ends its ranks.
 
     Raises:
-        TrainingError: there is no compiler, not enough GPUs, or a rank failed.
+        TrainingError: there is no compiler, not enough GPUs, a hostfile that does not fit, or a
+            rank failed.
     """
     folder = work / stage
     section: TrainingSettings = settings.sft if stage == "sft" else settings.dpo
@@ -424,7 +448,7 @@ def run_ranks(stage: Stage, work: Path, settings: Settings) -> Path:
     checkpoint = newest_checkpoint(folder / "checkpoints")
     if checkpoint:
         log.info("%s: resuming from %s", stage, checkpoint)
-    write_json(folder / "run.json", _run(stage, work, section, settings, checkpoint))
+    write_json(folder / "run.json", rank_arguments(stage, work, section, settings, checkpoint))
     code = _launch(folder, section)
     if not (folder / "model").is_dir():
         raise TrainingError(
@@ -435,14 +459,14 @@ def run_ranks(stage: Stage, work: Path, settings: Settings) -> Path:
     return folder / "model"
 
 
-def _run(
+def rank_arguments(
     stage: Stage,
     work: Path,
     section: TrainingSettings,
     settings: Settings,
     checkpoint: Path | None,
 ) -> dict[str, Any]:
-    """What a rank needs to know."""
+    """What a rank needs to know, as `run.json` holds it."""
     return {
         "stage": stage,
         "init": str(work / "sft" / ("init" if stage == "sft" else "model")),
@@ -457,21 +481,22 @@ def _run(
 
 def _launch(folder: Path, section: TrainingSettings) -> int:
     """Run DeepSpeed's launcher and wait for it; all its processes are gone afterwards."""
-    where = (
-        ["--hostfile", section.hostfile]
-        if section.hostfile
-        else ["--num_accelerators", str(section.ranks)]
-    )
     with socket.socket() as probe:  # the default port may be taken by another day's training
         probe.bind(("", 0))
-        port = probe.getsockname()[1]
+        port = section.master_port or probe.getsockname()[1]
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore::FutureWarning"}
+    if not torch.cuda.is_available():
+        threads = max(1, len(os.sched_getaffinity(0)) // _ranks_of_a_host(section))
+        environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
+    if section.hostfile:
+        # Also a single host is one that the file names; DeepSpeed would take this machine for it.
+        where = ["--hostfile", str(REPOSITORY / section.hostfile), "--force_multi"]
+        environment["DS_ENV_FILE"] = str(_write_exports(folder, environment))
+    else:
+        where = ["--num_accelerators", str(section.ranks)]
     command = [sys.executable, "-m", "deepspeed.launcher.runner", *where]
     command += ["--master_port", str(port), "--log_level", "error"]
     command += ["--module", "jobs.train_rank", str(folder)]
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore::FutureWarning"}
-    if not torch.cuda.is_available():
-        threads = max(1, len(os.sched_getaffinity(0)) // section.ranks)
-        environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
     with _polite():
         launcher = subprocess.Popen(
             command, cwd=REPOSITORY, env=environment, start_new_session=True
@@ -480,6 +505,10 @@ def _launch(folder: Path, section: TrainingSettings) -> int:
             write_json(folder / "ranks.json", _identity(psutil.Process(launcher.pid)))
             return launcher.wait()
         finally:
+            if section.hostfile and launcher.poll() is None:
+                launcher.terminate()  # which ends the ranks of all hosts
+                with suppress(subprocess.TimeoutExpired):
+                    launcher.wait(HOSTS_SECONDS)
             end_ranks(folder)
             launcher.wait()
             # DeepSpeed leaves the ranks' shared memory, 69 MB each, behind.
@@ -487,6 +516,21 @@ def _launch(folder: Path, section: TrainingSettings) -> int:
                 f"deepspeed_allreduce_buffer_*_{port}_*"
             ):
                 buffer.unlink(missing_ok=True)
+
+
+def _write_exports(folder: Path, environment: dict[str, str]) -> Path:
+    """What ranks on other hosts get of the environment, as DeepSpeed reads it.
+
+    DeepSpeed itself hands on what begins with `PYTHON` or `NCCL`, and its own file of the user's
+    or of the repository, which ours replaces and therefore begins with.
+    """
+    named = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
+    own = (place / named for place in (Path.home(), REPOSITORY))
+    lines = [line for path in own if path.is_file() for line in path.read_text().splitlines()]
+    lines += [f"{name}={environment[name]}" for name in EXPORTED if name in environment]
+    path = folder / "hosts.env"
+    path.write_text("".join(f"{line}\n" for line in lines if line.strip()), encoding="utf-8")
+    return path
 
 
 @contextmanager
@@ -512,10 +556,16 @@ def _check_machine(section: TrainingSettings) -> None:
             "DeepSpeed compiles an extension and finds no C++ compiler: install g++"
         )
     if section.hostfile:
-        slots = _slots(Path(section.hostfile))
-        if slots != section.ranks:
+        slots = _slots(REPOSITORY / section.hostfile)
+        if sum(slots.values()) != section.ranks:
             raise TrainingError(
-                f"{section.hostfile} has {slots} slots, the settings ask for {section.ranks} ranks"
+                f"{section.hostfile} has {sum(slots.values())} slots, the settings ask for"
+                f" {section.ranks} ranks: let them be equal"
+            )
+        missing = [name for name in ("ssh", "pdsh") if not shutil.which(name)]
+        if missing:
+            raise TrainingError(
+                f"DeepSpeed reaches the hosts of {section.hostfile} by {missing[0]}: install it"
             )
     elif torch.cuda.is_available() and torch.cuda.device_count() < section.ranks:
         raise TrainingError(
@@ -524,13 +574,28 @@ def _check_machine(section: TrainingSettings) -> None:
         )
 
 
-def _slots(hostfile: Path) -> int:
-    """Ranks that a DeepSpeed hostfile (`host slots=8` a line) offers."""
+def _slots(hostfile: Path) -> dict[str, int]:
+    """Ranks that each host of a DeepSpeed hostfile (`host slots=8` a line) offers."""
     try:
         lines = hostfile.read_text(encoding="utf-8").splitlines()
-        return sum(int(line.split("slots=")[1]) for line in lines if line.split("#")[0].strip())
-    except (OSError, IndexError, ValueError):
-        raise TrainingError(f"{hostfile}: no hostfile with lines like `host slots=8`") from None
+    except OSError as error:
+        raise TrainingError(f"hostfile {hostfile}: {error.strerror}") from None
+    slots: dict[str, int] = {}
+    for line in filter(None, (line.split("#")[0].strip() for line in lines)):
+        match = re.fullmatch(r"(\S+)\s+slots=([1-9]\d*)", line)
+        if match is None or match[1] in slots:
+            raise TrainingError(
+                f"hostfile {hostfile}: {line!r} is not a line like `host slots=8`, or the host has"
+                " two"
+            )
+        slots[match[1]] = int(match[2])
+    return slots
+
+
+def _ranks_of_a_host(section: TrainingSettings) -> int:
+    return (
+        max(_slots(REPOSITORY / section.hostfile).values()) if section.hostfile else section.ranks
+    )
 
 
 def deepspeed_config(section: TrainingSettings) -> Path:

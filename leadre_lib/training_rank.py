@@ -6,7 +6,8 @@ Differences from TRL as it comes: examples arrive as token ids in the order in w
 them, those of SFT packed, with a weight each; only the positions that the loss needs are projected
 onto the vocabulary; validation is constrained decoding, and the best weights are the result; a
 checkpoint is sealed with the checksums of its files once every rank has written; the final weights
-are the optimizer's float32 ones. Knows nothing of how ranks are started or resumed.
+are the optimizer's float32 ones, adapters merged into them. Knows nothing of how ranks are started
+or resumed.
 """
 
 from __future__ import annotations
@@ -25,8 +26,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, disable_progress_bars
-from deepspeed.utils import safe_get_full_fp32_param
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+)
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -36,7 +42,8 @@ from leadre_lib.facts import write_json
 from leadre_lib.generation import decode_distinct
 from leadre_lib.packing import COLUMNS, NO_LABEL, PADDING, SHARED, Ragged, attention_mask
 from leadre_lib.preference_rank import preference_trainer
-from leadre_lib.settings import DecodingSettings, SftSettings, TrainingSettings
+from leadre_lib.rank_model import adapter_config, plain_model, trained_weights, unpartitioned
+from leadre_lib.settings import DecodingSettings, DpoSettings, SftSettings, TrainingSettings
 from leadre_lib.training import (
     Validation,
     deepspeed_config,
@@ -48,6 +55,7 @@ from leadre_lib.training import (
 log = logging.getLogger(__name__)
 
 PROGRESS_LINES = 20
+SECTIONS: dict[str, type[TrainingSettings]] = {"sft": SftSettings, "dpo": DpoSettings}
 TOP = 10  # of the lists that are validated
 disable_progress_bars()
 
@@ -55,29 +63,33 @@ disable_progress_bars()
 def train(folder: Path) -> None:
     """Train as one of the ranks that DeepSpeed started; rank 0 writes `loss.json` and `model/`."""
     run = read_json(folder / "run.json")
-    trainer = _trainer(folder, run)
+    trainer = open_trainer(folder, run)
     trainer.train(resume_from_checkpoint=run["resume"])
-    weights = _float32_weights(trainer)  # every rank takes part
+    weights = trained_weights(trainer)  # every rank takes part
     if trainer.is_world_process_zero():
         losses = [entry for entry in trainer.state.log_history if "loss" in entry]
         kept = ("step", "loss", "tokens", "targets")
         curve = [{name: entry[name] for name in kept if name in entry} for entry in losses]
         write_json(folder / "loss.json", curve)
-        best = folder / "best"
-        model, tokenizer = models.load(best if best.exists() else Path(run["init"]))
-        if not best.exists():
-            # Into a fresh copy, for the trainers have patched theirs.
-            model.load_state_dict(weights, strict=False)
+        best, section = folder / "best", SECTIONS[run["stage"]].model_validate(run["section"])
+        if best.exists():
+            with unpartitioned(trainer.args):
+                model, tokenizer = models.load(best)
+        else:
+            model, tokenizer = plain_model(Path(run["init"]), weights, section, trainer.args)
         models.save(model, tokenizer, folder / "model")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def _trainer(folder: Path, run: dict[str, Any]) -> Trainer:
+def open_trainer(folder: Path, run: dict[str, Any]) -> Trainer:
+    """The trainer of what `training` prepared in `folder`; `run` is what `run.json` says."""
     model, tokenizer = models.load(Path(run["init"]))
+    section = SECTIONS[run["stage"]].model_validate(run["section"])
     parts: dict[str, Any] = {
         "model": model,
         "processing_class": tokenizer,
+        "peft_config": adapter_config(model, tokenizer, section),
         "callbacks": [_Progress(run["stage"]), _Seal(), _Orphan(run["launcher"])],
     }
     if run["stage"] == "sft":
@@ -129,7 +141,7 @@ def _arguments(folder: Path, section: TrainingSettings, seed: int, examples: int
         "dataloader_pin_memory": torch.cuda.is_available(),
         "learning_rate": section.learning_rate,
         "lr_scheduler_type": "cosine",
-        "warmup_steps": round(section.warmup_ratio * steps),
+        "warmup_steps": warmup_steps(section, steps),
         "weight_decay": section.weight_decay,
         "max_grad_norm": 1.0,
         "optim": "adamw_torch",
@@ -141,6 +153,11 @@ def _arguments(folder: Path, section: TrainingSettings, seed: int, examples: int
         "seed": seed,
         "data_seed": seed,
     }
+
+
+def warmup_steps(section: TrainingSettings, steps: int) -> int:
+    """Optimizer steps in which the learning rate rises."""
+    return round(section.warmup_ratio * steps)
 
 
 @dataclass(frozen=True)
@@ -269,15 +286,6 @@ def _score_labels_only(model: PreTrainedModel) -> None:
     model.forward = forward
 
 
-def _float32_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """The optimizer's float32 weights by name, whole on every rank, on the CPU."""
-    weights = {}
-    for name, weight in trainer.accelerator.unwrap_model(trainer.model).named_parameters():
-        full = safe_get_full_fp32_param(weight)
-        weights[name] = (weight if full is None else full).detach().float().cpu()
-    return weights
-
-
 class _Progress(TrainerCallback):
     """A line every few per cent: step, loss, how fast it goes, time left."""
 
@@ -315,7 +323,8 @@ class _Validator(TrainerCallback):
     """Decodes the validation cases some times, keeps the best weights, stops when none follow.
 
     Each rank decodes a share of the cases with a copy of the weights. The best weights lie in
-    `best/`, the curve in `validation.json`; both are reproduced by a resumed training.
+    `best/`, the curve in `validation.json`, where `kept` is true of the best; both are reproduced
+    by a resumed training.
     """
 
     def __init__(self, trainer: Trainer, folder: Path, run: dict[str, Any]) -> None:
@@ -337,25 +346,25 @@ class _Validator(TrainerCallback):
         every = max(1, state.max_steps // self.section.validations)
         if state.global_step % every and state.global_step != state.max_steps:
             return
-        weights = _float32_weights(self.trainer)
-        entry = {"step": state.global_step, **self._measure(weights)}
+        weights = trained_weights(self.trainer)
+        model, tokenizer = plain_model(self.init, weights, self.section, self.trainer.args)
+        entry = {"step": state.global_step, **self._measure(model, tokenizer)}
         better = all(_merit(entry) > _merit(before) for before in self.curve)
         self.curve.append(entry)
+        best = max(range(len(self.curve)), key=lambda n: _merit(self.curve[n]))
         if state.is_world_process_zero:
             log.info("validation at step %d: HR@10 %.4f", state.global_step, entry["HR@10"])
             if better:
-                model, tokenizer = models.load(self.init)
-                model.load_state_dict(weights, strict=False)
                 models.save(model, tokenizer, self.folder / "best")
-            write_json(self.folder / "validation.json", self.curve)
-        best = max(range(len(self.curve)), key=lambda n: _merit(self.curve[n]))
+            marked = [{**entry, "kept": n == best} for n, entry in enumerate(self.curve)]
+            write_json(self.folder / "validation.json", marked)
         if len(self.curve) - 1 - best >= self.section.patience:
             control.should_training_stop = True
 
-    def _measure(self, weights: dict[str, torch.Tensor]) -> dict[str, float]:
+    def _measure(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> dict[str, float]:
         """HR@10 and NDCG@10 over the cases of all ranks."""
-        model, tokenizer = models.load(self.init)
-        model.load_state_dict(weights, strict=False)
         rank, ranks = self.trainer.args.process_index, self.trainer.args.world_size
         own = range(rank, len(self.cases.prompts), ranks)
         decoder = BeamDecoder(

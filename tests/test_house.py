@@ -36,6 +36,7 @@ FLOORS: list[set[str]] = [
         "fusion",
         "preferences",
         "preference_rank",
+        "rank_model",
         "beam_pairs",
         "training",
         "training_rank",

@@ -209,7 +209,9 @@ def test_what_is_measured_of_fusion_owes_nothing_to_the_case_itself() -> None:
     )
     meaning = EmbeddingIndex.build(np.eye(objects, dtype=np.float32))
     settings = FusionSettings(near=objects)
-    signals = build_signals([f"text {n}" for n in range(objects)], meaning, Histories.of([[0, 1]]), settings)
+    signals = build_signals(
+        [f"text {n}" for n in range(objects)], meaning, Histories.of([[0, 1]]), settings
+    )
     fusion = Fusion(signals, np.ones(objects, bool), settings)
     found = fit_fusion(fusion, written, told, False)
     assert found is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from leadre_lib import training
 from leadre_lib.constraint_index import ConstraintIndex
 from leadre_lib.decoding import BeamDecoder
 from leadre_lib.errors import LeadreError
-from leadre_lib.model import load, sid_token_ids, sid_tokens
+from leadre_lib.model import load, sid_ids, sid_token_ids, sid_tokens
 from leadre_lib.packing import NO_LABEL
 from leadre_lib.settings import (
     REPOSITORY,
@@ -164,9 +165,10 @@ def test_other_examples_start_over(
     assert not (tmp_path / "sft" / "loss.json").exists()
 
 
-def test_dpo_goes_on_from_sft(trained: Path, examples: pa.Table, settings: Settings) -> None:
+def preferences(examples: pa.Table) -> pa.Table:
+    """Lists that prefer what each user wants to what the next user wants."""
     others = examples["response"].take(pa.array(np.roll(np.arange(EXAMPLES), 1)))
-    lists = pa.table(
+    return pa.table(
         {
             "prompt": examples["prompt"],
             "chosen": examples["response"],
@@ -174,7 +176,10 @@ def test_dpo_goes_on_from_sft(trained: Path, examples: pa.Table, settings: Setti
             "weight": np.ones(EXAMPLES),
         }
     )
-    training.prepare_dpo(lists, trained, settings)
+
+
+def test_dpo_goes_on_from_sft(trained: Path, examples: pa.Table, settings: Settings) -> None:
+    training.prepare_dpo(preferences(examples), trained, settings)
     training.run_ranks("dpo", trained, settings)
     curve = json.loads((trained / "dpo" / "loss.json").read_text())
     sft = json.loads((trained / "sft" / "loss.json").read_text())
@@ -193,13 +198,13 @@ def command_of(process: psutil.Process) -> list[str]:
         return []
 
 
-def kill_a_rank_after(step: int, work: Path, stop: threading.Event) -> None:
-    """`kill -9` of the second rank, once a checkpoint of `step` is whole."""
+def kill_a_rank_after(step: int, work: Path, stop: threading.Event, rank: int = 1) -> None:
+    """`kill -9` of a rank, once a checkpoint of `step` is whole."""
     sealed = work / "sft" / "checkpoints" / f"checkpoint-{step}" / "complete.json"
     while not stop.wait(0.01):
         if sealed.exists():
             for process in psutil.Process().children(recursive=True):
-                if "--local_rank=1" in command_of(process):
+                if f"--local_rank={rank}" in command_of(process):
                     process.kill()
                     return
 
@@ -394,17 +399,89 @@ def test_says_what_is_missing(
         training.run_ranks("sft", tmp_path, settings)
 
 
-def test_hostfile_slots_must_match(examples: pa.Table, settings: Settings, tmp_path: Path) -> None:
+def programs(folder: Path, **scripts: str) -> str:
+    """A PATH that begins with these shell scripts."""
+    folder.mkdir()
+    for name, script in scripts.items():
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+def test_hostfile_slots_must_match(
+    examples: pa.Table, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hosts = tmp_path / "hosts"
-    hosts.write_text("# ours\nfirst slots=4\nsecond slots=4\n")
     section = settings.sft.model_copy(update={"hostfile": str(hosts)})
     elsewhere = settings.model_copy(update={"sft": section})
     prepare(examples, tmp_path, elsewhere)
-    with pytest.raises(LeadreError, match="8 slots"):
+    for text, message in (
+        ("# ours\nfirst slots=4\nsecond slots=4  # spare\n", "8 slots.* 2 ranks"),
+        ("# none\n", "0 slots"),
+        ("first\n", "'first' is not a line like"),
+        ("first slots=1\nfirst slots=1\n", "the host has two"),
+        ("first slots=one\n", "slots=one"),
+    ):
+        hosts.write_text(text)
+        with pytest.raises(LeadreError, match=message):
+            training.run_ranks("sft", tmp_path, elsewhere)
+    hosts.unlink()
+    with pytest.raises(LeadreError, match="hosts: No such file"):
         training.run_ranks("sft", tmp_path, elsewhere)
-    hosts.write_text("first\n")
-    with pytest.raises(LeadreError, match="no hostfile"):
+    hosts.write_text("first slots=2\n")
+    monkeypatch.setattr(training.shutil, "which", lambda name: None if name == "pdsh" else name)
+    with pytest.raises(LeadreError, match="by pdsh: install it"):
         training.run_ranks("sft", tmp_path, elsewhere)
+
+
+@pytest.mark.parametrize("hosts", [("first", "second"), ("first",)])
+def test_other_hosts_are_told_what_this_one_knows(
+    hosts: tuple[str, ...],
+    examples: pa.Table,
+    settings: Settings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """DeepSpeed's own launcher, as far as the shell that would carry the command to the hosts."""
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("".join(f"{host} slots={2 // len(hosts)}\n" for host in hosts))
+    section = settings.sft.model_copy(update={"hostfile": str(hostfile), "master_port": 29611})
+    elsewhere = settings.model_copy(update={"sft": section})
+    told = tmp_path / "told"
+    path = programs(
+        tmp_path / "bin",
+        ssh=f'echo "$@" >> {tmp_path}/ssh; echo 10.0.0.7 10.1.0.7',
+        pdsh=f'for word in "$@"; do echo "$word"; done > {told}; exit 3',
+    )
+    monkeypatch.setenv("PATH", path)
+    monkeypatch.setenv("PYTHONPATH", "/some/where")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/ext/of us")
+    monkeypatch.setenv("DS_ENV_FILE", str(tmp_path / "mine"))
+    (tmp_path / "mine").write_text("MY_FABRIC=ib0\n")
+    prepare(examples, tmp_path, elsewhere)
+    with pytest.raises(LeadreError, match="exit code 3"):
+        training.run_ranks("sft", tmp_path, elsewhere)
+    words = told.read_text().splitlines()
+    assert words[words.index("-w") + 1] == ",".join(hosts)
+    assert "first" in (tmp_path / "ssh").read_text()
+    exports = next(word for word in words if word.startswith("export "))
+    for setting in (
+        f"PYTHONPATH={REPOSITORY}:/some/where",
+        'TORCH_EXTENSIONS_DIR="/ext/of us"',
+        f"PATH={path}",
+        "MY_FABRIC=ib0",
+        "DS_ACCELERATOR=cpu",
+        f"OMP_NUM_THREADS={max(1, len(os.sched_getaffinity(0)) * len(hosts) // 2)}",
+    ):
+        assert f"export {setting};" in exports
+    assert f"cd {REPOSITORY};" in words
+    assert {"--node_rank=%n", "--master_addr=10.0.0.7", "--master_port=29611"} <= set(words)
+    world = next(word for word in words if word.startswith("--world_info="))
+    slots = json.loads(base64.urlsafe_b64decode(world.removeprefix("--world_info=")))
+    assert slots == {host: [*range(2 // len(hosts))] for host in hosts}
+    assert "--module" in words
+    assert words[-2:] == ["jobs.train_rank", str(tmp_path / "sft")]
+    assert json.loads((tmp_path / "sft" / "run.json").read_text())["launcher"] is None
 
 
 def test_stale_build_locks_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -415,3 +492,89 @@ def test_stale_build_locks_are_removed(tmp_path: Path, monkeypatch: pytest.Monke
     os.utime(lock, (0, 0))
     training._clear_stale_locks()
     assert not lock.exists()
+
+
+def one_rank(settings: Settings, **options: object) -> Settings:
+    """The settings with one rank of SFT that sees as many rows a step, and other options."""
+    update = {"ranks": 1, "batch_size": 2 * settings.sft.batch_size, **options}
+    return settings.model_copy(update={"sft": settings.sft.model_copy(update=update)})
+
+
+def losses(work: Path) -> list[float]:
+    return [entry["loss"] for entry in json.loads((work / "sft" / "loss.json").read_text())]
+
+
+def test_adapters_train_little_and_leave_a_plain_model(
+    trained: Path, examples: pa.Table, settings: Settings, tmp_path: Path
+) -> None:
+    section = one_rank(settings, lora_rank=4, max_steps=20, patience=10)
+    prepare(examples, tmp_path, section)
+    start = load_file(tmp_path / "sft" / "init" / "model.safetensors")
+    training.run_ranks("sft", tmp_path, section)
+    # An adapter starts as nothing, so the first step is that of a training of all weights.
+    assert losses(tmp_path)[0] == pytest.approx(losses(trained)[0], rel=1e-4)
+    assert losses(tmp_path)[-1] < 0.9 * losses(tmp_path)[0]
+    end, (_, tokenizer) = weights(tmp_path), load(tmp_path / "sft" / "model")
+    assert end.keys() == start.keys()
+    moved = {name for name in start if not np.array_equal(start[name], end[name])}
+    assert moved == {n for n in start if "_proj.weight" in n or "embed_tokens" in n}
+    layer = "model.layers.0.self_attn.q_proj.weight"
+    assert np.linalg.matrix_rank(end[layer] - start[layer], tol=1e-5) <= 4
+    rows = start["model.embed_tokens.weight"] != end["model.embed_tokens.weight"]
+    semantic = np.isin(np.arange(len(rows)), [*sid_ids(tokenizer)])
+    assert not rows[~semantic].any()
+    assert rows[semantic].any()
+    # Validation decoded what is kept: the last weights alone are not what it measured before.
+    assert len({entry["NDCG@10"] for entry in validations(tmp_path)}) > 1
+
+
+def test_dpo_by_adapters_starts_from_the_sft_model(
+    trained: Path, examples: pa.Table, settings: Settings, tmp_path: Path
+) -> None:
+    shutil.copytree(trained / "sft", tmp_path / "sft")
+    update = {"lora_rank": 2, "ranks": 1, "max_steps": 6, "learning_rate": 0.01}
+    section = settings.model_copy(update={"dpo": settings.dpo.model_copy(update=update)})
+    training.prepare_dpo(preferences(examples), tmp_path, section)
+    training.run_ranks("dpo", tmp_path, section)
+    curve = json.loads((tmp_path / "dpo" / "loss.json").read_text())
+    assert curve[-1]["loss"] < curve[0]["loss"]
+    start, end = weights(tmp_path), weights(tmp_path, "dpo")
+    assert start.keys() == end.keys()
+    moved = {name for name in start if not np.array_equal(start[name], end[name])}
+    assert moved == {n for n in start if "_proj.weight" in n or "embed_tokens" in n}
+
+
+def test_adapters_go_on_after_a_stop(
+    examples: pa.Table, settings: Settings, tmp_path: Path
+) -> None:
+    section = one_rank(settings, lora_rank=2)
+    folders = [tmp_path / "whole", tmp_path / "stopped"]
+    for folder in folders:
+        prepare(examples, folder, section)
+    training.run_ranks("sft", folders[0], section)
+    ended = threading.Event()
+    killer = threading.Thread(target=kill_a_rank_after, args=(4, folders[1], ended, 0))
+    killer.start()
+    try:
+        with pytest.raises(LeadreError, match=r"a rerun resumes from .*checkpoint"):
+            training.run_ranks("sft", folders[1], section)
+    finally:
+        ended.set()
+        killer.join()
+    training.run_ranks("sft", folders[1], section)
+    assert_same(*folders)
+
+
+def test_partitioned_weights_give_the_same_model(
+    trained: Path, examples: pa.Table, settings: Settings, tmp_path: Path
+) -> None:
+    """ZeRO-3 parts the weights; all ranks' together are those of ZeRO-2, validation's too."""
+    section = settings.sft.model_copy(update={"deepspeed": "deepspeed_cpu_zero3.json"})
+    parted = settings.model_copy(update={"sft": section})
+    prepare(examples, tmp_path, parted)
+    training.run_ranks("sft", tmp_path, parted)
+    np.testing.assert_allclose(losses(tmp_path), losses(trained), rtol=1e-3)
+    ours, theirs = weights(tmp_path), weights(trained)
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        np.testing.assert_allclose(weight, theirs[name], atol=2e-3, err_msg=name)
