@@ -62,7 +62,8 @@ def cutoff_of(time: Column, settings: ExampleSettings) -> Column:
 def next_ad_requests(
     behaviours: DataFrame, settings: ExampleSettings, seed: int, scene_fraction: float
 ) -> DataFrame:
-    """Which targets become examples: the latest of each user, then a draw down to the cap.
+    """Which targets become examples: of each user's, from the latest back, every `targets_apart`th,
+    `targets_per_user` of them; then a draw down to the cap.
 
     A scene, where one is known, is told with the probability `scene_fraction`: nightly prompts are
     for no scene. For the weight, see `value_weight`.
@@ -76,7 +77,8 @@ def next_ad_requests(
         value_weight(ad_targets(behaviours), settings)
         .where(F.col("weight") > 0)
         .withColumn("place", F.row_number().over(latest))
-        .where(F.col("place") <= settings.targets_per_user)
+        .where((F.col("place") - 1) % settings.targets_apart == 0)
+        .where(F.col("place") <= settings.targets_per_user * settings.targets_apart)
         .withColumn("draw", draw(seed, "event_id"))
         .orderBy("draw", "event_id")
         .limit(settings.max_next_ad_examples)
@@ -166,16 +168,20 @@ def sft_examples(
         rows(told, "next_ad", "prompt", sid),
         rows(told.where(by_titles), "titles_to_sid", "title_prompt", sid),
         rows(told.where(category != ""), "next_category", "intent_prompt", category),
-        text_tasks(ads, semantic_ids, settings, prompt),
+        text_tasks(ads, semantic_ids, settings, seed, prompt),
     ]
     return reduce(DataFrame.unionAll, made).where(F.col("weight") > 0)
 
 
 def text_tasks(
-    ads: DataFrame, semantic_ids: DataFrame, settings: ExampleSettings, prompt: PromptSettings
+    ads: DataFrame,
+    semantic_ids: DataFrame,
+    settings: ExampleSettings,
+    seed: int,
+    prompt: PromptSettings,
 ) -> DataFrame:
-    """Name and type of each ad to the Semantic ID of its marketing object, and back to the name
-    and type of the object's first ad (see `catalogue.marketing_objects`).
+    """Name and type of an ad to the Semantic ID of its marketing object, and back to the name and
+    type of the object's first ad (see `catalogue.marketing_objects`), of a part of the ads.
     """
     words = load_template(prompt.language)
     first = Window.partitionBy("marketing_object_id").orderBy("start_date", "ad_id")
@@ -205,8 +211,9 @@ def text_tasks(
     sid = F.col("semantic_id")
     to_sid = fill(words.ad.text_to_sid, ad=name)
     to_text = fill(words.ad.sid_to_text, semantic_id=sid)
-    return rows(described, "text_to_sid", to_sid, sid).unionAll(
-        rows(described.where("nth = 1"), "sid_to_text", to_text, name)
+    drawn = described.where(draw(seed + 7, "ad_id") < F.lit(settings.text_fraction))
+    return rows(drawn, "text_to_sid", to_sid, sid).unionAll(
+        rows(drawn.where("nth = 1"), "sid_to_text", to_text, name)
     )
 
 

@@ -80,12 +80,18 @@ def sid_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def build_tokenizer(
-    texts: Iterable[str], sid_vocab: Sequence[str], vocabulary: int
+    texts: Iterable[str],
+    sid_vocab: Sequence[str],
+    vocabulary: int,
+    phrases: Sequence[str] = (),
 ) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE of `vocabulary` tokens on `texts`, and add one token a SID code.
 
     Byte level: every string is encoded without an unknown token and decodes back exactly. The same
     texts in the same order give the same tokenizer.
+
+    Args:
+        phrases: texts that get a token of their own, such as the fixed words of prompts.
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -97,7 +103,8 @@ def build_tokenizer(
         show_progress=False,
     )
     # Semantic IDs are tokens of their own; merges inside them would waste the vocabulary.
-    bpe.train_from_iterator((SID_PATTERN.sub(" ", text) for text in texts), trainer)
+    fixed = re.compile("|".join([SID_PATTERN.pattern, *map(re.escape, phrases)]))
+    bpe.train_from_iterator((fixed.sub(" ", text) for text in texts), trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         eos_token=EOS_TOKEN,
@@ -106,14 +113,14 @@ def build_tokenizer(
         truncation_side="left",
         clean_up_tokenization_spaces=False,
     )
-    _add_tokens(tokenizer, sid_vocab)
+    _add_tokens(tokenizer, [*phrases, *sid_vocab])
     return tokenizer
 
 
-def _add_tokens(tokenizer: PreTrainedTokenizerBase, sid_vocab: Sequence[str]) -> list[int]:
-    """Add the SID tokens that are not there yet; return the ids of the new ones."""
+def _add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:
+    """Add the tokens that are not there yet; return the ids of the new ones."""
     known = tokenizer.get_vocab()
-    new = [token for token in sid_vocab if token not in known]
+    new = [token for token in tokens if token not in known]
     tokenizer.add_tokens([AddedToken(t, normalized=False, special=False) for t in new])
     return _token_ids(tokenizer, new)
 

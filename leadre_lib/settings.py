@@ -105,7 +105,7 @@ class PromptSettings(Section):
 class TaskWeights(Section):
     """What an example of each task weighs in the loss; 0: there are none of it."""
 
-    next_ad: float = Field(1.0, ge=0)
+    next_ad: float = Field(2.0, ge=0)
     titles_to_sid: float = Field(1.0, ge=0)
     next_category: float = Field(0.25, ge=0)
     text_to_sid: float = Field(1.0, ge=0)
@@ -117,14 +117,20 @@ class ExampleSettings(Section):
     """How many training and evaluation examples are drawn, and what they weigh."""
 
     task_weights: TaskWeights = TaskWeights()
-    targets_per_user: PositiveInt = 3
-    max_next_ad_examples: PositiveInt = 2500
+    targets_per_user: PositiveInt = 10
+    targets_apart: PositiveInt = Field(
+        1, description="every so many of a user's targets are taken; prompts of neighbours overlap"
+    )
+    max_next_ad_examples: PositiveInt = 6000
     click_weight: float = Field(0.5, ge=0, description="of a click, where a conversion weighs 1")
     value_power: float = Field(
         0.25, ge=0, le=1, description="of a target's eCPM over the mean, in its weight; 0: none"
     )
     min_behaviours: int = Field(1, ge=0)
     titles_to_sid_fraction: Fraction = Field(0.05, ge=0, le=1)
+    text_fraction: Fraction = Field(
+        0.25, ge=0, le=1, description="of the ads, whose names and Semantic IDs are asked for"
+    )
     synthetic_per_ad: int = Field(3, ge=0, description="walks from ad to similar ad; 0: none")
     synthetic_steps: PositiveInt = 8
     synthetic_neighbours: PositiveInt = 10
@@ -227,6 +233,7 @@ class TrainingSettings(Section):
     max_steps: int = Field(0, ge=0, description="0: as many as the epochs need")
     warmup_ratio: Fraction = Field(0.05, ge=0, le=1)
     weight_decay: float = Field(0.1, ge=0)
+    adam_beta2: float = Field(0.98, gt=0, lt=1)
     checkpoint_steps: PositiveInt = 50
     gradient_checkpointing: bool = False
     lora_rank: int = Field(
@@ -241,7 +248,7 @@ class TrainingSettings(Section):
 class SftSettings(TrainingSettings):
     """Supervised fine-tuning (paper, section 3.3), in packed rows (see `packing`)."""
 
-    batch_size: PositiveInt = 3
+    batch_size: PositiveInt = 4
     row_tokens: int = Field(0, ge=0, description="of a packed row; 0: model.max_tokens")
     loss_on: Literal["response", "semantic_ids"] = Field(
         "semantic_ids",

@@ -24,6 +24,7 @@ from leadre_lib.settings import REPOSITORY, Section
 
 FOLDER = REPOSITORY / "conf" / "prompts"
 PARTS = ("role", "profile", "short_term", "long_term", "scene", "question", "answer")
+MIN_PHRASE = 2  # characters; shorter ones stand in other texts too
 PLACEHOLDER = re.compile(r"\{(\w*)\}")
 LINE_BREAKS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 SEPARATORS = ";；"  # noqa: RUF001 (the Chinese semicolon)
@@ -118,6 +119,23 @@ class Template(Section):
             "question": self.question,
             "answer": self.answer,
         }
+
+    @property
+    def phrases(self) -> list[str]:
+        """The fixed texts of this language that are longer than a word's end, longest first.
+
+        A tokenizer of our own has a token for each: most of a short prompt are these words, which
+        say nothing that differs.
+        """
+        short, ad = self.short_term, self.ad
+        behaviours = [short.behaviour.replace("{event}", name) for name in short.events.values()]
+        asked = (f"{q}\n{a}" for q, a in zip(*self.asked.values(), strict=True))
+        told = [self.profile.sentence, short.sentence, self.long_term.sentence, self.scene]
+        pieces = [*told, *self.profile.parts.values(), *behaviours, ad.text_to_sid, ad.sid_to_text]
+        fixed = {piece for text in pieces for piece in PLACEHOLDER.split(text)[::2]}
+        long = {piece for piece in fixed if len(piece) > MIN_PHRASE}
+        every = long | {f"{self.role}\n", short.joiner, *asked}
+        return sorted(every, key=lambda piece: (-len(piece), piece))
 
     @property
     def asked(self) -> dict[str, tuple[str, str]]:

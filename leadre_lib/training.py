@@ -58,6 +58,7 @@ from leadre_lib.errors import LeadreError
 from leadre_lib.facts import write_json
 from leadre_lib.packing import Ragged, fill_rows, sequences
 from leadre_lib.settings import REPOSITORY, Settings, TrainingSettings
+from leadre_lib.templates import load_template
 
 log = logging.getLogger(__name__)
 
@@ -206,7 +207,8 @@ def _start(
     """The model and tokenizer that training starts from."""
     if base_release is None and not settings.model.base:
         texts = (str(t) for name in ("prompt", "response") for t in examples[name].to_pylist())
-        tokenizer = models.build_tokenizer(texts, sid_vocab, settings.model.vocabulary)
+        phrases = load_template(settings.prompt.language).phrases
+        tokenizer = models.build_tokenizer(texts, sid_vocab, settings.model.vocabulary, phrases)
         return models.build_model(settings.model, tokenizer, settings.seed, sid_vectors), tokenizer
     model: PreTrainedModel
     base: PreTrainedTokenizerBase

@@ -143,6 +143,7 @@ def _arguments(folder: Path, section: TrainingSettings, seed: int, examples: int
         "lr_scheduler_type": "cosine",
         "warmup_steps": warmup_steps(section, steps),
         "weight_decay": section.weight_decay,
+        "adam_beta2": section.adam_beta2,
         "max_grad_norm": 1.0,
         "optim": "adamw_torch",
         "save_steps": section.checkpoint_steps,

@@ -41,8 +41,10 @@ from tests.worlds import (
 
 WINDOW = InterestSettings()
 PROMPT = PromptSettings()
-EXAMPLES = ExampleSettings(titles_to_sid_fraction=1.0)
-EVENT_TIME = ExampleSettings(titles_to_sid_fraction=1.0, click_weight=1.0, cutoff="event")
+EXAMPLES = ExampleSettings(titles_to_sid_fraction=1.0, text_fraction=1.0)
+EVENT_TIME = ExampleSettings(
+    titles_to_sid_fraction=1.0, text_fraction=1.0, click_weight=1.0, cutoff="event"
+)
 
 
 def frame(spark: SparkSession, table: str, records: list[dict[str, Any]]) -> DataFrame:
@@ -131,7 +133,7 @@ def siblings(spark: SparkSession) -> tuple[DataFrame, DataFrame]:
 
 
 def test_all_names_lead_to_the_object_and_it_answers_with_its_first(spark: SparkSession) -> None:
-    rows = text_tasks(*siblings(spark), EXAMPLES, PROMPT).collect()
+    rows = text_tasks(*siblings(spark), EXAMPLES, 1, PROMPT).collect()
     asked = {r["ad_id"]: r["response"] for r in rows if r["task"] == "text_to_sid"}
     assert asked == {
         "a1": "<a_0><b_0>",
@@ -300,7 +302,7 @@ def test_outside_text_cannot_break_the_structure(spark: SparkSession) -> None:
         )
         assert click.endswith("*<a_0><b_0>")
         assert "nurse" not in row["prompt"]  # a field of blanks is not known
-        for task in text_tasks(ads, ids(spark), EXAMPLES, settings).collect():
+        for task in text_tasks(ads, ids(spark), EXAMPLES, 1, settings).collect():
             assert len(task["prompt"].split("\n")) == 2
             assert "<a_0><b_0>" in (task["prompt"], task["response"])[task["task"] == "text_to_sid"]
 
@@ -451,3 +453,16 @@ def test_a_synthetic_history_is_somebody_unknown_with_an_ad_a_day(spark: SparkSe
     assert "2*conversion*<a_0><b_0>; 1*conversion*<a_1><b_0>." in row["prompt"]
     assert "The user" not in row["prompt"]
     assert "Long-term interests: home/kitchen*1, sports/running*1." in row["prompt"]
+
+
+def test_targets_are_taken_apart_from_the_latest_back(spark: SparkSession) -> None:
+    hours = [ad_event(f"t{n}", "u1", "a1", "conversion", at(DAY0, n)) for n in range(1, 9)]
+    stream = behaviours(spark, hours, [])
+
+    def taken(**options: int) -> list[str]:
+        made = next_ad_requests(stream, ExampleSettings(**options), 1, 0.0)
+        return sorted(row["request_id"] for row in made.collect())
+
+    assert taken(targets_per_user=3) == ["t6", "t7", "t8"]
+    assert taken(targets_per_user=3, targets_apart=3) == ["t2", "t5", "t8"]
+    assert taken(targets_per_user=5, targets_apart=4) == ["t4", "t8"]

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from leadre_lib.interests import INTEREST_EVENTS
+from leadre_lib.model import build_tokenizer, sid_tokens
 from leadre_lib.templates import (
     FOLDER,
     INSIDE,
@@ -152,3 +153,20 @@ def test_an_unknown_language_is_told_which_there_are(tmp_path: Path) -> None:
         load_template("tlh")
     with pytest.raises(TemplateError, match="no such template"):
         read_template(tmp_path / "en.yaml")
+
+
+def test_fixed_words_are_single_tokens_and_everything_decodes_back() -> None:
+    template = load_template("en")
+    plain, own = (
+        build_tokenizer([ENGLISH], sid_tokens((1, 1)), 400, phrases)
+        for phrases in ((), template.phrases)
+    )
+    for text in (ENGLISH, "Ad: Cola; zero (drinks)\nSemantic ID: ", "; 1*play*", "What ad?"):
+        assert own.decode(own(text)["input_ids"]) == text
+    tokens = own.tokenize(ENGLISH)
+    asked = f"{template.question}\n{template.answer}"
+    for phrase in (f"{template.role}\n", "Recent behaviours: ", "*click*", "; ", asked):
+        assert phrase in tokens
+    assert len(tokens) < len(plain.tokenize(ENGLISH)) - 20
+    assert own.tokenize("1*click*<a_0><b_0>") == ["1", "*click*", "<a_0>", "<b_0>"]
+    assert load_template("zh").phrases != template.phrases
