@@ -82,20 +82,19 @@ LEFT_OUT = frozenset({"interests"})  # makes the prompts of the night, which no 
 # Settings that no job of a home, or of one before it, reads. What is forgotten here costs time;
 # what stands here though it is read would mix up variants.
 _UNREAD_AT_ALL = ("home", "data", "chain", "inference")
-_UNREAD_BY_SFT = (*_UNREAD_AT_ALL, "dpo", "fusion", "sasrec")
+_UNREAD_BY_SFT = (*_UNREAD_AT_ALL, "dpo", "sasrec")
 _UNREAD_BY_IDS = (
     *_UNREAD_BY_SFT,
     "prompt",
     "model",
     "sft",
     "decoding",
-    "evaluation",
     "examples.task_weights",
     "examples.value_power",
     "examples.click_weight",
 )
 UNREAD = {
-    "data": (*_UNREAD_BY_IDS, "examples", "embedding", "semantic_ids"),
+    "data": (*_UNREAD_BY_IDS, "evaluation", "examples", "fusion", "embedding", "semantic_ids"),
     "ids": _UNREAD_BY_IDS,
     "sft": _UNREAD_BY_SFT,
     "result": _UNREAD_AT_ALL,

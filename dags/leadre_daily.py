@@ -52,7 +52,9 @@ with daily_dag("leadre_daily", settings, DOC, ("leadre", "daily", "ads", "traini
         "interests", settings, "Long-term and short-term interests, and the prompt of every user."
     )
     synthetic_histories = job_task(
-        "synthetic_histories", settings, "Made-up histories from ad to similar ad, by text."
+        "synthetic_histories",
+        settings,
+        "Made-up histories, as texts, habits and popularity go on.",
     )
     examples = job_task(
         "examples", settings, "SFT examples, preference pairs and the cases to evaluate on."

@@ -1,5 +1,5 @@
-"""Make up histories that walk from ad to similar ad, by the text of the marketing objects active
-on the day, each of them with its best active ad.
+"""Make up histories of the marketing objects active on the day, each with its best active ad: from
+one object, or from what a user took before the day, on to what is near, habitual or popular.
 
 They become examples of the task `synthetic_next_ad`. There are none with
 `examples.synthetic_per_ad = 0`, and on the first day, which trains nothing.
@@ -10,30 +10,53 @@ from __future__ import annotations
 import argparse
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from jobs.command import main, parser
-from leadre_lib.catalogue import catalogue
+from jobs.evaluate import taken_before
+from leadre_lib.catalogue import Catalogue, catalogue
 from leadre_lib.contracts import load_contract
 from leadre_lib.embeddings import embed
+from leadre_lib.evaluation import Histories
 from leadre_lib.lake import Lake
 from leadre_lib.quality import publish
+from leadre_lib.retrieval import EmbeddingIndex
 from leadre_lib.settings import Settings
 from leadre_lib.spark import session
 from leadre_lib.synthetic import synthetic_histories
 
 
+def _rows(histories: Histories, ads: Catalogue) -> pa.Table:
+    """Rows of the contract `synthetic_histories`."""
+    case = histories.cases
+    number = pc.utf8_lpad(pa.array(case).cast(pa.string()), 9, "0")
+    table = {
+        "history_id": pc.binary_join_element_wise("synthetic", number, "-"),
+        "step": pa.array(np.arange(len(case)) - histories.offsets[:-1][case] + 1, pa.int32()),
+        "ad_id": ads.ad_ids.take(pa.array(ads.best_ads(histories.values))),
+    }
+    return pa.table(table).cast(load_contract("synthetic_histories").arrow_schema())
+
+
 def run(args: argparse.Namespace, settings: Settings) -> None:
-    """Embed (the vectors are in the cache), walk, publish."""
+    """Embed (the vectors are in the cache), draw, publish."""
     ds, lake = args.ds, Lake(settings.lake)
     made = load_contract("synthetic_histories").arrow_schema().empty_table()
     if settings.examples.synthetic_per_ad and any(day < ds for day in lake.days("behaviours")):
         ads = catalogue(lake.read("ads", ds), lake.read("ad_semantic_ids", ds), ds)
-        active = np.flatnonzero(ads.active_objects)
-        best = ads.best_ads(active)
-        vectors = embed(ads.texts(), settings.embedding, settings.cache)[active]
-        seed = settings.seed + ds.toordinal()
-        made = synthetic_histories(vectors, ads.ad_ids.take(best), settings.examples, seed)
+        texts = ads.texts()
+        histories = synthetic_histories(
+            texts,
+            EmbeddingIndex.build(embed(texts, settings.embedding, settings.cache)),
+            ads.active_objects,
+            taken_before(settings, lake, ads, ds).histories(),
+            settings.examples,
+            settings.fusion,
+            settings.seed + ds.toordinal(),
+            repeat=not settings.evaluation.exclude_seen,
+        )
+        made = _rows(histories, ads)
     with session(settings) as spark:
         publish(spark, settings, lake, "synthetic_histories", ds, made)
     print(f"{pc.count_distinct(made['history_id']).as_py()} synthetic histories")

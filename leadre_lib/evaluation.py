@@ -42,7 +42,7 @@ class Histories:
     values: Rows
 
     @classmethod
-    def of(cls, lists: Iterable[Sequence[int]]) -> Histories:
+    def of(cls, lists: Iterable[Sequence[int] | Rows]) -> Histories:
         """From one list a case."""
         arrays = [np.asarray(rows, np.int64) for rows in lists]
         offsets = np.cumsum([0, *(len(rows) for rows in arrays)])
@@ -60,6 +60,30 @@ class Histories:
         """The cases start … stop - 1."""
         offsets = self.offsets[start : stop + 1]
         return Histories(offsets - offsets[0], self.values[offsets[0] : offsets[-1]])
+
+    def firsts(self) -> Mask:
+        """Whether each value is the first one of its case [values]."""
+        return np.arange(len(self.values)) == self.offsets[:-1][self.cases]
+
+    def chosen(self, cases: Mask) -> Histories:
+        """Those of the cases that a mask chooses [cases]."""
+        lengths = np.diff(self.offsets)[cases]
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        return Histories(offsets, self.values[cases[self.cases]])
+
+    def before(self, at: Rows, most: int, including: bool = False) -> Histories:
+        """For each of some values, by place, up to `most` that stand before it in its case.
+
+        Args:
+            at: places in `values` [n], any order, also repeated.
+            including: the value itself stands last.
+        """
+        end = at + including
+        begin = np.maximum(self.offsets[:-1][self.cases[at]], end - most)
+        lengths = end - begin
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
+        return Histories(offsets, self.values[np.repeat(begin, lengths) + within])
 
     def latest(self, most: int) -> Histories:
         """Of each case the `most` newest values."""

@@ -1,71 +1,109 @@
-"""Synthetic histories: walks stay among neighbours, repeat from their seed, keep their rules."""
+"""Synthetic histories: they go on as the signals say, repeat from their seed, keep their rules."""
 
 from __future__ import annotations
 
-import faiss
 import numpy as np
-import pyarrow as pa
+import pytest
 
-from leadre_lib.contracts import load_contract
-from leadre_lib.settings import ExampleSettings
-from leadre_lib.synthetic import NO_STEP, synthetic_histories, walks
+from leadre_lib.evaluation import Histories
+from leadre_lib.retrieval import EmbeddingIndex
+from leadre_lib.settings import ExampleSettings, FusionSettings
+from leadre_lib.synthetic import (
+    BY_MEANING,
+    learn_factors,
+    prefixes,
+    synthetic_histories,
+)
 
 RNG = np.random.default_rng(0)
-# Ten ads around each of five directions: neighbours of an ad are those of its own group.
-VECTORS = np.repeat(np.eye(5, 16), 10, axis=0) + 0.05 * RNG.normal(size=(50, 16))
+OBJECTS, FAMILIES = 60, 6
+# Ten objects around each of six directions: what is near to an object is of its own family.
+VECTORS = np.repeat(np.eye(FAMILIES, 16), 10, axis=0) + 0.05 * RNG.normal(size=(OBJECTS, 16))
 VECTORS = (VECTORS / np.linalg.norm(VECTORS, axis=1, keepdims=True)).astype(np.float32)
-IDS = pa.array([f"a{n:02d}" for n in range(50)])
+TEXTS = [f"family {'abcdef'[n // 10] * 5} number {n}" for n in range(OBJECTS)]
+ALL = np.ones(OBJECTS, bool)
+NOBODY = Histories.of([])
+FUSION = FusionSettings(words=4)
+EXAMPLES = ExampleSettings(synthetic_per_ad=4, synthetic_steps=5, synthetic_neighbours=10)
 
 
-def test_walks_stay_among_neighbours_and_end_at_the_right() -> None:
-    starts = np.repeat(np.arange(50), 4)
-    path = walks(VECTORS, starts, steps=6, neighbours=9, seed=1)
-    assert path.shape == (200, 7)
-    assert (path[:, -2:] != NO_STEP).all()
-    first = (path == NO_STEP).sum(axis=1)
-    assert (path[np.arange(200), first] == starts).all()
-    assert set(first.tolist()) == set(range(6))
-    group = np.where(path == NO_STEP, starts[:, None] // 10, path // 10)
-    assert (group == starts[:, None] // 10).all()
+@pytest.fixture(scope="module")
+def meaning() -> EmbeddingIndex:
+    return EmbeddingIndex.build(VECTORS)
 
 
-def test_each_step_is_a_neighbour_of_an_earlier_ad_and_not_that_ad() -> None:
-    path = walks(VECTORS, np.arange(50), steps=1, neighbours=3, seed=2)
-    order = np.argsort(-(VECTORS @ VECTORS.T), axis=1)[:, :4]
-    assert (path[:, 0] != path[:, 1]).all()
-    assert (order[path[:, 0]] == path[:, 1:]).any(axis=1).all()
+def habit(users: int = 200) -> Histories:
+    """Users who go on by seventeen, into another family, whatever it means."""
+    starts = np.random.default_rng(1).integers(0, OBJECTS, users)
+    return Histories.of([[(s + 17 * n) % OBJECTS for n in range(4)] for s in starts])
 
 
-def test_histories_follow_the_contract_and_hold_no_target() -> None:
-    settings = ExampleSettings(synthetic_per_ad=3, max_synthetic_examples=100)
-    made = synthetic_histories(VECTORS, IDS, settings, seed=3)
-    assert made.schema == load_contract("synthetic_histories").arrow_schema()
-    assert made.equals(synthetic_histories(VECTORS, IDS, settings, seed=3))
-    assert not made.equals(synthetic_histories(VECTORS, IDS, settings, seed=4))
-    by_history: dict[str, list[str]] = {}
-    for row in made.to_pylist():
-        ads = by_history.setdefault(row["history_id"], [])
-        ads.append(row["ad_id"])
-        assert row["step"] == len(ads)
-    assert 0 < len(by_history) <= 100
-    assert all(len(ads) > 1 and ads[-1] not in ads[:-1] for ads in by_history.values())
+def made(
+    meaning: EmbeddingIndex,
+    taken: Histories,
+    active: np.ndarray = ALL,
+    examples: ExampleSettings = EXAMPLES,
+    seed: int = 3,
+    repeat: bool = True,
+) -> Histories:
+    return synthetic_histories(TEXTS, meaning, active, taken, examples, FUSION, seed, repeat)
 
 
-def test_none_where_none_are_asked_for_or_an_ad_has_no_other() -> None:
-    none = ExampleSettings(synthetic_per_ad=0)
-    assert synthetic_histories(VECTORS, IDS, none, seed=0).num_rows == 0
-    alone = synthetic_histories(VECTORS[:1], IDS[:1], ExampleSettings(), seed=0)
-    assert alone.num_rows == 0
+def steps(histories: Histories) -> tuple[np.ndarray, np.ndarray]:
+    """Each step and the one after it."""
+    later = ~histories.firsts()
+    return histories.values[np.flatnonzero(later) - 1], histories.values[later]
 
 
-def test_histories_do_not_depend_on_threads_also_where_ads_share_a_text() -> None:
-    vectors = np.repeat(VECTORS, 7, axis=0)
-    ids = pa.array([f"a{n:03d}" for n in range(len(vectors))])
-    threads = faiss.omp_get_max_threads()
-    made = []
-    for count in (1, 2):
-        faiss.omp_set_num_threads(count)
-        made.append(synthetic_histories(vectors, ids, ExampleSettings(), seed=5))
-    faiss.omp_set_num_threads(threads)
-    assert made[0].equals(made[1])
-    assert len(set(made[0]["ad_id"].to_pylist())) > 300
+def test_without_users_they_stay_among_what_means_alike(meaning: EmbeddingIndex) -> None:
+    found = made(meaning, NOBODY)
+    assert len(found) == OBJECTS * 4
+    lengths = np.diff(found.offsets)
+    assert set(lengths) == {2, 3, 4, 5, 6}
+    before, after = steps(found)
+    assert (before // 10 == after // 10).mean() > 0.9
+    assert np.bincount(found.values[found.firsts()]).tolist() == [4] * OBJECTS
+
+
+def test_they_learn_from_users_what_counts(meaning: EmbeddingIndex) -> None:
+    factors = learn_factors(TEXTS, meaning, ALL, habit(), FUSION, np.random.default_rng(1))
+    assert factors.taken > 3
+    before, after = steps(made(meaning, habit()))
+    assert ((before + 17) % OBJECTS == after).mean() > 0.5
+    alone = learn_factors(TEXTS, meaning, ALL, NOBODY, FUSION, np.random.default_rng(1))
+    assert alone == BY_MEANING
+
+
+def test_the_same_seed_gives_the_same(meaning: EmbeddingIndex) -> None:
+    one, two, other = (made(meaning, habit(), seed=seed) for seed in (3, 3, 4))
+    assert np.array_equal(one.values, two.values)
+    assert np.array_equal(one.offsets, two.offsets)
+    assert not np.array_equal(one.values, other.values)
+
+
+def test_only_active_objects_occur_and_none_twice_where_none_may(meaning: EmbeddingIndex) -> None:
+    some = np.arange(OBJECTS) % 3 > 0
+    found = made(meaning, habit(), active=some, repeat=False)
+    assert some[found.values].all()
+    pairs = found.cases * OBJECTS + found.values
+    drawn = pairs[~found.firsts()]
+    assert len(np.unique(pairs)) == len(pairs)
+    assert len(drawn) > len(found) / 2
+
+
+def test_the_cap_holds_and_none_are_made_where_none_can_be(meaning: EmbeddingIndex) -> None:
+    few = EXAMPLES.model_copy(update={"max_synthetic_examples": 31})
+    assert len(made(meaning, habit(), examples=few)) == 31
+    none = EXAMPLES.model_copy(update={"synthetic_per_ad": 0})
+    assert len(made(meaning, habit(), examples=none)) == 0
+    assert len(made(meaning, NOBODY, active=np.arange(OBJECTS) == 3)) == 0
+
+
+def test_beginnings_are_real_steps_up_to_a_random_one() -> None:
+    taken = Histories.of([[1, 2, 3, 4], [], [5]])
+    found = prefixes(taken, ALL, 200, 2, np.random.default_rng(2))
+    lists = {tuple(part.tolist()) for part in np.split(found.values, found.offsets[1:-1])}
+    assert lists == {(1,), (1, 2), (2, 3), (3, 4), (5,)}
+    kept = prefixes(taken, np.arange(OBJECTS) != 2, 200, 2, np.random.default_rng(2))
+    assert 2 not in kept.values
+    assert len(prefixes(NOBODY, ALL, 5, 2, np.random.default_rng(2))) == 0
