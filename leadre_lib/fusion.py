@@ -45,14 +45,14 @@ DRAWN = 200
 class Factors:
     """How much each signal counts; see above."""
 
-    model: float
-    written: float
-    meaning: float
-    words: float
-    taken: float
-    popularity: float
-    latest: float
-    seen: float
+    model: float = 0.0
+    written: float = 0.0
+    meaning: float = 0.0
+    words: float = 0.0
+    taken: float = 0.0
+    popularity: float = 0.0
+    latest: float = 0.0
+    seen: float = 0.0
 
     def as_dict(self) -> dict[str, float]:
         """By name, rounded, as a manifest holds them."""

@@ -30,7 +30,7 @@ Mask = npt.NDArray[np.bool_]
 
 AMONG = 20  # objects that a step is drawn from
 FITTED_STEPS = 2000
-BY_MEANING = Factors(0.0, 0.0, 4.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+BY_MEANING = Factors(meaning=4.0)
 
 
 def synthetic_histories(

@@ -72,7 +72,7 @@ class Amazon:
         self.notes = [
             f"Amazon reviews: {FIRST_DS} holds train.csv, {self.last_ds()} the {counts} rows, each "
             "as a user of its own with exactly its history. Of all histories, those of train.csv "
-            "alone are trained on, and synthetic ones that are made from these and the items' text.",
+            "alone are trained on, and synthetic ones made from these and the items' text.",
             "Made up: all dates. Items keep their order, one a day, ending the day before the "
             "partition day.",
             "There are no profiles, dismissals, content events, eCPM or GMV.",

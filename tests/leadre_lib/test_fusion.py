@@ -22,7 +22,6 @@ from leadre_lib.signals import Signals, build_signals
 OBJECTS, FAMILIES, CASES = 120, 12, 400
 SETTINGS = FusionSettings(near=20, words=8)
 ALL = np.ones(OBJECTS, bool)
-NOBODY = Factors(**dict.fromkeys(Factors.__dataclass_fields__, 0.0))
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +93,7 @@ def test_a_model_counts_by_how_sure_it_is(signals: Signals) -> None:
 def test_only_what_is_active_and_wanted_is_ranked(signals: Signals) -> None:
     past = Histories.of([[5, 17], []])
     some = np.arange(OBJECTS) % 2 == 1
-    near = Factors(**{**NOBODY.as_dict(), "meaning": 5.0, "popularity": 1.0, "seen": 3.0})
+    near = Factors(meaning=5.0, popularity=1.0, seen=3.0)
     found, scores = Fusion(signals, some, SETTINGS).rank(near, nothing(2), past, 15)
     assert some[found[found >= 0]].all()
     assert set(found[0, :2]) == {5, 17}
@@ -106,7 +105,7 @@ def test_only_what_is_active_and_wanted_is_ranked(signals: Signals) -> None:
 
 def test_groups_have_room_for_so_many(signals: Signals) -> None:
     groups = np.arange(OBJECTS) % FAMILIES
-    near = Factors(**{**NOBODY.as_dict(), "meaning": 5.0})
+    near = Factors(meaning=5.0)
     past = Histories.of([[5]])
     whole, _ = Fusion(signals, ALL, SETTINGS).rank(near, nothing(1), past, 8)
     found, scores = Fusion(signals, ALL, SETTINGS, groups, 2).rank(near, nothing(1), past, 8)
@@ -126,7 +125,7 @@ def test_too_few_cases_fit_nothing(signals: Signals) -> None:
 def test_the_same_cases_are_ranked_alike_in_any_company(signals: Signals) -> None:
     rng = np.random.default_rng(5)
     past, fusion = histories(rng), Fusion(signals, ALL, SETTINGS)
-    factors = Factors(**{**NOBODY.as_dict(), "meaning": 2.0, "words": 1.0, "taken": 3.0})
+    factors = Factors(meaning=2.0, words=1.0, taken=3.0)
     all_of_them, scores = fusion.rank(factors, nothing(), past, 10)
     alone, alone_scores = fusion.rank(factors, nothing(7), past.slice(300, 307), 10)
     assert np.array_equal(alone, all_of_them[300:307])

@@ -248,9 +248,8 @@ def test_what_is_fused_says_whether_the_model_wrote_it(
     walked = Histories.of([ads.object_rows(pa.array(["a1", "a6"])).tolist()] * 5)
     meaning = EmbeddingIndex.build(VECTORS)
     signals = build_signals(ads.texts(), meaning, walked, FusionSettings())
-    weights = dict.fromkeys(Factors.__dataclass_fields__, 0.0)
     fusion = Fusion(signals, ads.active_objects, FusionSettings())
-    asked = replace(retriever, fusion=(fusion, Factors(**{**weights, "taken": 9.0})))
+    asked = replace(retriever, fusion=(fusion, Factors(taken=9.0)))
     asked.decoder.set_active(ads.object_ids.to_numpy(False) == ads.object_ids[0].as_py())
     try:
         made = asked.candidates(users())[0]
