@@ -24,7 +24,7 @@ def test_a_section_within_a_section_has_variables_too(monkeypatch: pytest.Monkey
     monkeypatch.setenv("LEADRE_EXAMPLES__TASK_WEIGHTS__SID_TO_TEXT", "0")
     weights = load_settings().examples.task_weights
     assert weights.sid_to_text == 0
-    assert weights.next_ad == 1
+    assert weights.next_ad == 2
 
 
 @pytest.mark.parametrize(

@@ -354,13 +354,13 @@ def test_prompts_lose_their_oldest_behaviours_first(
     row = {"prompt": prompt, "response": "<a_1><b_2><c_0>", "weight": 1.0, "request_id": None}
     long = pa.Table.from_pylist([row] * 30, examples.schema)
     roomy = settings.model_copy(
-        update={"model": settings.model.model_copy(update={"max_tokens": 90})}
+        update={"model": settings.model.model_copy(update={"max_tokens": 50})}
     )
     prepare(pa.concat_tables([examples, long]), tmp_path, roomy)
     row = pq.read_table(tmp_path / "sft" / "train.parquet").to_pylist()[-1]
     _, tokenizer = load(tmp_path / "sft" / "init")
     text = tokenizer.decode(row["tokens"])
-    assert len(row["tokens"]) <= 90 < len(tokenizer(prompt)["input_ids"])
+    assert len(row["tokens"]) <= 50 < len(tokenizer(prompt)["input_ids"])
     kept = sum(behaviour in text for behaviour in behaviours)
     assert 0 < kept < len(behaviours)
     shorter = "; ".join(behaviours[-kept:])
@@ -532,12 +532,13 @@ def test_dpo_by_adapters_starts_from_the_sft_model(
     trained: Path, examples: pa.Table, settings: Settings, tmp_path: Path
 ) -> None:
     shutil.copytree(trained / "sft", tmp_path / "sft")
-    update = {"lora_rank": 2, "ranks": 1, "max_steps": 6, "learning_rate": 0.01}
+    update = {"lora_rank": 2, "ranks": 1, "max_steps": 20, "learning_rate": 0.01}
     section = settings.model_copy(update={"dpo": settings.dpo.model_copy(update=update)})
     training.prepare_dpo(preferences(examples), tmp_path, section)
     training.run_ranks("dpo", tmp_path, section)
     curve = json.loads((tmp_path / "dpo" / "loss.json").read_text())
-    assert curve[-1]["loss"] < curve[0]["loss"]
+    losses = [entry["loss"] for entry in curve]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])  # batches differ: no single one tells
     start, end = weights(tmp_path), weights(tmp_path, "dpo")
     assert start.keys() == end.keys()
     moved = {name for name in start if not np.array_equal(start[name], end[name])}
