@@ -61,7 +61,9 @@ def main(
     )
     for chatty in ("py4j", "pyspark", "great_expectations", "httpx", "filelock", "urllib3"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    # No library tells its makers how it is used, unless the user says so. TRL would, in each rank.
     os.environ.setdefault("GX_ANALYTICS_ENABLED", "False")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     args = arguments.parse_args()
     job = job.format(**vars(args))
     began = time.monotonic()

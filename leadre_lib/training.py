@@ -73,6 +73,7 @@ EXPORTED = (
     "CUDA_HOME",
     "CXX",
     "DS_ACCELERATOR",
+    "HF_HUB_DISABLE_TELEMETRY",
     "LD_LIBRARY_PATH",
     "OMP_NUM_THREADS",
     "PATH",
