@@ -57,11 +57,16 @@ def taken_before(
     return comparison.interactions(_past(settings, lake, ds), ads)
 
 
+def _on_ads(behaviours: pa.Table) -> pa.Table:
+    """What of a day's behaviours is on ads: content, most of them, is not held."""
+    return behaviours.filter(pc.equal(behaviours["domain"], "ad"))
+
+
 def _past(settings: Settings, lake: Lake, ds: dt.date) -> pa.Table:
     first = ds - dt.timedelta(days=settings.interests.window_days)
     days = [day for day in lake.days("behaviours") if first <= day < ds]
     none = load_contract("behaviours").arrow_schema().empty_table().select(BEHAVIOUR_COLUMNS)
-    read = [lake.read("behaviours", day, BEHAVIOUR_COLUMNS) for day in days]
+    read = [_on_ads(lake.read("behaviours", day, BEHAVIOUR_COLUMNS)) for day in days]
     past = pa.concat_tables(read or [none])
     return past.sort_by([(name, "ascending") for name in IN_ORDER])
 

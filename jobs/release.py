@@ -56,7 +56,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
                 **environment_versions(),
             },
             "metrics": verdict["valid"],
-            "fusion": verdict["fusion"],
+            "fusion": verdict.get("fusion"),
             "inputs": dict(sorted(lake.reads.items())),
         },
     )

@@ -149,8 +149,8 @@ class Filler:
         )
 
     def _near(self, seen: Histories, count: int) -> tuple[Rows, Floats]:
-        """Objects nearest to the mean of what each user has seen, less these themselves, and their
-        inner products.
+        """Objects nearest to the mean of what each user has taken, as often as they took it, less
+        these themselves, and their inner products.
         """
         known = np.unique(seen.values[self._vector[seen.values] >= 0])
         if self._neighbours is None or not len(known):

@@ -163,7 +163,7 @@ def fit_fusion(
     """The factors that fit the cases, and the lists that they give when fitted on others.
 
     Each half of the cases is ranked with the factors of the other half, so that what is measured
-    on the cases owes nothing to them. None where there are too few.
+    on the cases owes nothing to them. None where a half has too few.
     """
     unwanted = cases.histories if exclude_seen else None
     half = np.arange(len(cases)) < len(cases) // 2

@@ -195,7 +195,7 @@ class Fusion:
         history = past.matrix(signals.objects, settings.decay)
         taken = sparse.csr_array(history @ signals.after)
         query = self._query(history)
-        nearest = self._nearest(query, past)
+        nearest = self._nearest(query)
         popular = np.broadcast_to(self._popular, (len(past), len(self._popular)))
         strongest = strongest_columns(taken, settings.near)
         parts = [beam, past.padded(), nearest, strongest, popular]
@@ -226,11 +226,10 @@ class Fusion:
             return np.zeros((history.shape[0], self._signals.meaning.dim))
         return history[:, known] @ self._signals.meaning.vectors(self._vector[known])
 
-    def _nearest(self, query: Floats, past: Histories) -> Rows:
+    def _nearest(self, query: Floats) -> Rows:
         near = min(self._settings.near, self._signals.meaning.rows)
         _, found = self._signals.meaning.search(query.astype(np.float32), near)
-        empty = np.diff(past.offsets) == 0  # to nothing everything is as near
-        found[empty] = -1
+        found[~query.any(axis=1)] = -1  # to nothing everything is as near
         return np.where(found >= 0, self._signals.vector_object[found], -1)
 
     def _cosines(self, query: Floats, objects: Rows) -> Floats:
@@ -257,7 +256,8 @@ def _written_features(scores: Floats, beam: Rows, width: int) -> tuple[Floats, F
 def _inner(queries: Floats, vectors: npt.NDArray[np.float32], rows: Rows) -> Floats:
     """Inner products of each query with its rows of `vectors`, [cases, width]; 0 for row -1."""
     found = np.matmul(vectors[rows], np.asarray(queries, np.float32)[:, :, None])[:, :, 0]
-    return np.where(rows >= 0, found, 0.0).astype(np.float64)
+    # Equal vectors have equal products; without rounding their last bits would break the tie.
+    return np.where(rows >= 0, found, 0.0).astype(np.float64).round(5)
 
 
 def look_up(matrix: sparse.csr_array, rows: Rows, columns: Rows) -> Floats:
@@ -303,7 +303,8 @@ def _conditional_logit(features: Floats, offset: Floats, own: Rows) -> Floats:
         offset: [cases, width], of the scores; minus infinity for what is not there.
         own: place of what was taken [cases].
     """
-    scale = np.maximum(features[np.isfinite(offset)].std(axis=0), 1e-9)
+    scale = features[np.isfinite(offset)].std(axis=0)
+    scale[scale < 1e-6] = np.inf  # what is the same for all says nothing: its factor is 0
     scaled, cases = features / scale, len(own)
     taken = scaled[np.arange(cases), own].sum(axis=0)
 

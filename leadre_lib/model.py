@@ -87,8 +87,9 @@ def build_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE of `vocabulary` tokens on `texts`, and add one token a SID code.
 
-    Byte level: every string is encoded without an unknown token and decodes back exactly. The same
-    texts in the same order give the same tokenizer.
+    Byte level: every string is encoded without an unknown token, and decodes back exactly where no
+    phrase is in it that mixes ASCII with other Latin letters. The same texts in the same order give
+    the same tokenizer.
 
     Args:
         phrases: texts that get a token of their own, such as the fixed words of prompts.

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 os.environ.setdefault("GX_ANALYTICS_ENABLED", "False")
 log = logging.getLogger(__name__)
 EXAMPLES = 5
+MADE = pa.array(["model", "signals"])  # sources of candidates, but for what fills lists up
 TRAILING_DAYS = 7
 MEMORY = {"class_name": "InMemoryStoreBackend"}
 
@@ -251,8 +252,8 @@ def candidate_outcomes(
     """What a column's checks cannot see: stopped ads, coverage of users, drift of the scores."""
     rows = catalogue.ad_rows(candidates["ad_id"])
     stopped = int((~np.where(rows >= 0, catalogue.active[rows], False)).sum())
-    # What fills lists up finds something for anybody: it would hide a model that finds nothing.
-    told = candidates.filter(pc.equal(candidates["source"], "model"))
+    # What fills lists up finds something for anybody: it would hide a night that finds nothing.
+    told = candidates.filter(pc.is_in(candidates["source"], MADE))
     covered = pc.count_distinct(told["user_id"]).as_py() / max(1, active_users)
     outcomes = [
         Outcome(
@@ -263,7 +264,7 @@ def candidate_outcomes(
         Outcome(
             "candidates",
             Check("coverage_of_active_users", {}, "critical"),
-            f"the model found something for {covered:.2%} of {active_users} active users, less than"
+            f"something was found for {covered:.2%} of {active_users} active users, less than"
             f" quality.min_candidate_coverage = {settings.min_candidate_coverage:.2%}"
             if covered < settings.min_candidate_coverage
             else "",

@@ -159,7 +159,7 @@ class Releases:
             files = _listing(staged)
             # Not the version of the code: the same content is the same release.
             versions = manifest.get("versions", {})
-            words = [versions.get("codebook"), versions.get("template")]
+            words = [versions.get("codebook"), versions.get("template"), manifest.get("fusion")]
             content = json.dumps([files, *words], sort_keys=True)
             release_id = f"{ds}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
             whole = {"format": FORMAT, "id": release_id, "ds": str(ds), "files": files, **manifest}

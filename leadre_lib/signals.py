@@ -46,7 +46,8 @@ class Signals:
         meaning: index of the vectors of `vector_object`, each of length 1.
         vector_object: int64 [vectors], the object row of each vector; -1: of none.
         words: float32 [objects, dimensions], rows of length 1, or of 0 where nothing is known.
-        after: float64 [objects, objects], from which object to which: the root of the share.
+        after: float64 [objects, objects], from which object to which: the root of the share, of
+            the `near` largest.
         takers: float64 [objects].
     """
 
@@ -126,7 +127,7 @@ def build_signals(
         texts: of each object [objects].
         meaning: index of their embeddings, in the same order.
         histories: of each user the object rows that they took, oldest first.
-        settings: `words`, `decay` and `steps`.
+        settings: `words`, `decay`, `steps` and `near`.
     """
     objects = len(texts)
     # A user who takes an object twice is one who took it.
@@ -148,6 +149,7 @@ def word_vectors(texts: Sequence[str], dimensions: int) -> Vectors:
     """
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
+    from threadpoolctl import threadpool_limits
 
     none = np.zeros((len(texts), 0), np.float32)
     if not dimensions or len(texts) < 3:
@@ -167,24 +169,33 @@ def word_vectors(texts: Sequence[str], dimensions: int) -> Vectors:
     wanted = min(dimensions, counts.shape[0] - 1, counts.shape[1] - 1)
     if wanted < 1:
         return none
-    reduced = TruncatedSVD(wanted, random_state=0).fit_transform(counts)
+    with threadpool_limits(1):  # how sums are rounded depends on the threads
+        reduced = TruncatedSVD(wanted, random_state=0).fit_transform(counts)
     length = np.linalg.norm(reduced, axis=1, keepdims=True)
     unit = np.divide(reduced, length, where=length > 1e-6, out=np.zeros_like(reduced))
-    # Sums depend in their last bits on the threads; what is stored does not.
-    return unit.round(5).astype(np.float32)
+    return unit.astype(np.float32)
 
 
 def _after(histories: Histories, objects: int, settings: FusionSettings) -> sparse.csr_array:
-    users, parts = histories.cases, []
+    users = histories.cases
+    counts = sparse.csr_array((objects, objects))
     for gap in range(1, settings.steps + 1):
         near = users[gap:] == users[:-gap]
-        before, after = histories.values[:-gap][near], histories.values[gap:][near]
-        weight = np.full(len(before), settings.decay ** (gap - 1))
-        parts += [(before, after, weight), (after, before, BACKWARDS * weight)]
-    source, target, weight = (np.concatenate(column) for column in zip(*parts, strict=True))
-    kept = source != target
-    entries = (weight[kept], (source[kept], target[kept]))
-    counts = sparse.csr_array(entries, shape=(objects, objects))
-    counts.sum_duplicates()
+        source, target = histories.values[:-gap][near], histories.values[gap:][near]
+        other = source != target
+        source, target = source[other], target[other]
+        weight = np.full(len(source), settings.decay ** (gap - 1))
+        onward = sparse.csr_array((weight, (source, target)), shape=counts.shape)
+        counts = counts + onward + BACKWARDS * onward.T
     shares = sparse.diags_array(1 / (counts.sum(axis=1) + UNSURE)) @ counts
-    return sparse.csr_array(shares).sqrt()
+    return _strongest(sparse.csr_array(shares).sqrt(), settings.near)
+
+
+def _strongest(matrix: sparse.csr_array, most: int) -> sparse.csr_array:
+    """The largest entries of each row, at most so many: a popular object leads to nearly all."""
+    row = np.repeat(np.arange(matrix.shape[0]), np.diff(matrix.indptr))
+    order = np.lexsort([matrix.indices, -matrix.data, row])
+    place = np.arange(len(order)) - matrix.indptr[:-1][row[order]]
+    kept = order[place < most]
+    entries = matrix.data[kept], (row[kept], matrix.indices[kept])
+    return sparse.csr_array(entries, shape=matrix.shape)

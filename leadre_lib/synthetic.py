@@ -30,7 +30,7 @@ Mask = npt.NDArray[np.bool_]
 
 AMONG = 20  # objects that a step is drawn from
 FITTED_STEPS = 2000
-BY_MEANING = Factors(meaning=4.0)
+BY_MEANING = Factors(meaning=4.0, seen=-8.0)  # on to what is alike, not to the same again
 
 
 def synthetic_histories(
@@ -77,7 +77,10 @@ def synthetic_histories(
     walked = go_on(teacher, factors, single, examples, rng, repeat)
     labelled = go_on(teacher, factors, real, examples, rng, repeat, steps=1)
     log.info("%d histories from an object, %d from a user's", len(walked), len(labelled))
-    return Histories.of([*_lists(walked), *_lists(labelled)])
+    return Histories(
+        np.concatenate([walked.offsets, walked.offsets[-1] + labelled.offsets[1:]]),
+        np.concatenate([walked.values, labelled.values]),
+    )
 
 
 def learn_factors(
@@ -164,10 +167,6 @@ def _histories(path: Rows, length: Rows) -> Histories:
     """The first `length` of each row of `path` [cases, width]."""
     kept = np.arange(path.shape[1]) < length[:, None]
     return Histories(np.concatenate([[0], np.cumsum(length)]).astype(np.int64), path[kept])
-
-
-def _lists(histories: Histories) -> list[Rows]:
-    return np.split(histories.values, histories.offsets[1:-1]) if len(histories) else []
 
 
 def _nothing(cases: int) -> Written:

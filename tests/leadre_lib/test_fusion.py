@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import sparse
@@ -140,3 +142,27 @@ def test_entries_are_looked_up_and_the_strongest_found() -> None:
     assert look_up(sparse.csr_array((3, 4)), rows, columns).tolist() == [[0] * 3] * 2
     assert strongest_columns(matrix, 2).tolist() == [[3, 1], [-1, -1], [0, 2]]
     assert strongest_columns(sparse.csr_array((2, 4)), 2).shape == (2, 0)
+
+
+def test_what_is_the_same_for_all_counts_nothing(signals: Signals) -> None:
+    rng = np.random.default_rng(6)
+    past = histories(rng)
+    same = replace(signals, takers=np.ones(OBJECTS))
+    factors = Fusion(same, ALL, SETTINGS).fit(nothing(), past, past.values[2::3])
+    assert factors is not None
+    assert factors.popularity == factors.model == 0.0
+    assert factors.latest > 1
+
+
+def test_a_history_that_means_nothing_has_nothing_near_to_it(signals: Signals) -> None:
+    without = replace(
+        signals,
+        vector_object=np.where(np.arange(OBJECTS) == 100, -1, np.arange(OBJECTS)),
+        takers=np.arange(OBJECTS, 0.0, -1.0),
+    )
+    some = np.arange(OBJECTS) >= 60  # none of the popular ones
+    one = FusionSettings(near=5, words=0)
+    found, _ = Fusion(without, np.ones(OBJECTS, bool), one).rank(
+        Factors(meaning=1.0), nothing(1), Histories.of([[100]]), OBJECTS
+    )
+    assert some[found[0][found[0] >= 0]].sum() <= 6  # itself, and what was taken after it

@@ -23,6 +23,18 @@ def build(root: Path, ds: dt.date, weights: str = "w", template: str = "en-1") -
     return Releases(root).build(ds, parts, {"versions": versions, "metrics": {}})
 
 
+def test_what_lists_are_fused_by_is_part_of_a_release(tmp_path: Path) -> None:
+    model = tmp_path / "model.safetensors"
+    model.write_bytes(b"w")
+    releases = Releases(tmp_path / "releases")
+    made = [
+        releases.build(DAYS[0], {"model.safetensors": model}, {"fusion": {"taken": taken}})
+        for taken in (1.0, 1.0, 9.0)
+    ]
+    assert made[0].id == made[1].id != made[2].id
+    assert made[2].manifest["fusion"] == {"taken": 9.0}
+
+
 def test_equal_content_is_the_same_release(tmp_path: Path) -> None:
     root = tmp_path / "releases"
     one = build(root, DAYS[0])

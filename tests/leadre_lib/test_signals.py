@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_limits
 
 from leadre_lib.errors import LeadreError
 from leadre_lib.evaluation import Histories
@@ -82,3 +83,19 @@ def test_another_catalogue_reads_them_in_its_own_rows(meaning: EmbeddingIndex) -
     assert not other.words[:2].any()
     assert other.vector_object.tolist() == rows.tolist()
     assert made.of(np.arange(5), 5) is made
+
+
+def test_words_do_not_depend_on_the_threads() -> None:
+    rng = np.random.default_rng(1)
+    texts = [" ".join(rng.choice(["drill", "saw", "shirt", "red", "blue"], 4)) for _ in range(300)]
+    made = []
+    for threads in (1, 2):
+        with threadpool_limits(threads):
+            made.append(word_vectors(texts, 16))
+    assert np.array_equal(*made)
+
+
+def test_of_what_follows_the_strongest_are_kept(meaning: EmbeddingIndex) -> None:
+    walked = Histories.of([[0, 1], [0, 1], [0, 2], [0, 3], [0, 3], [0, 3]])
+    few = build_signals(TEXTS, meaning, walked, FusionSettings(words=0, near=2))
+    assert np.flatnonzero(few.after.toarray()[0]).tolist() == [1, 3]
