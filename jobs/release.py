@@ -40,7 +40,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     codebook_folder = settings.codebooks / ads.codebook
     codebook = Codebook.load(codebook_folder)
     sizes = sid_sizes(codebook.sizes, settings)
-    histories = taken_before(settings, lake, ads, ds).histories()
+    histories = taken_before(settings, lake, ads, serving).histories()
     parts = build_indexes(ads, sizes, histories, settings, work / "indexes")
     releases = Releases(settings.releases)
     release = releases.build(
