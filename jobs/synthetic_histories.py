@@ -1,5 +1,5 @@
 """Make up histories of the marketing objects active on the day, each with its best active ad: from
-one object, or from what a user took before the day, on to what is near, habitual or popular.
+one object on, or what a user took before the day, and what is near, habitual or popular comes next.
 
 They become examples of the task `synthetic_next_ad`. There are none with
 `examples.synthetic_per_ad = 0`, and on the first day, which trains nothing.
@@ -18,23 +18,32 @@ from jobs.evaluate import taken_before
 from leadre_lib.catalogue import Catalogue, catalogue
 from leadre_lib.contracts import load_contract
 from leadre_lib.embeddings import embed
-from leadre_lib.evaluation import Histories
 from leadre_lib.lake import Lake
 from leadre_lib.quality import publish
 from leadre_lib.retrieval import EmbeddingIndex
 from leadre_lib.settings import Settings
 from leadre_lib.spark import session
-from leadre_lib.synthetic import synthetic_histories
+from leadre_lib.synthetic import Synthetic, synthetic_histories
 
 
-def _rows(histories: Histories, ads: Catalogue) -> pa.Table:
+def _rows(made: Synthetic, ads: Catalogue) -> pa.Table:
     """Rows of the contract `synthetic_histories`."""
-    case = histories.cases
+    before, after = made.histories, made.nexts
+    case = np.concatenate([before.cases, after.cases])
+    steps = np.diff(before.offsets)[after.cases]
+    step = np.concatenate(
+        [
+            np.arange(len(before.values)) - before.offsets[:-1][before.cases],
+            np.arange(len(after.values)) - after.offsets[:-1][after.cases] + steps,
+        ]
+    )
     number = pc.utf8_lpad(pa.array(case).cast(pa.string()), 9, "0")
+    objects = np.concatenate([before.values, after.values])
     table = {
         "history_id": pc.binary_join_element_wise("synthetic", number, "-"),
-        "step": pa.array(np.arange(len(case)) - histories.offsets[:-1][case] + 1, pa.int32()),
-        "ad_id": ads.ad_ids.take(pa.array(ads.best_ads(histories.values))),
+        "step": pa.array(step + 1, pa.int32()),
+        "ad_id": ads.ad_ids.take(pa.array(ads.best_ads(objects))),
+        "draws": pa.array(np.concatenate([np.zeros(len(before.values), np.int64), made.draws])),
     }
     return pa.table(table).cast(load_contract("synthetic_histories").arrow_schema())
 
@@ -42,11 +51,11 @@ def _rows(histories: Histories, ads: Catalogue) -> pa.Table:
 def run(args: argparse.Namespace, settings: Settings) -> None:
     """Embed (the vectors are in the cache), draw, publish."""
     ds, lake = args.ds, Lake(settings.lake)
-    made = load_contract("synthetic_histories").arrow_schema().empty_table()
+    rows = load_contract("synthetic_histories").arrow_schema().empty_table()
     if settings.examples.synthetic_per_ad and any(day < ds for day in lake.days("behaviours")):
         ads = catalogue(lake.read("ads", ds), lake.read("ad_semantic_ids", ds), ds)
         texts = ads.texts()
-        histories = synthetic_histories(
+        made = synthetic_histories(
             texts,
             EmbeddingIndex.build(embed(texts, settings.embedding, settings.cache)),
             ads.active_objects,
@@ -56,10 +65,10 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
             settings.seed + ds.toordinal(),
             repeat=not settings.evaluation.exclude_seen,
         )
-        made = _rows(histories, ads)
+        rows = _rows(made, ads)
     with session(settings) as spark:
-        publish(spark, settings, lake, "synthetic_histories", ds, made)
-    print(f"{pc.count_distinct(made['history_id']).as_py()} synthetic histories")
+        publish(spark, settings, lake, "synthetic_histories", ds, rows)
+    print(f"{pc.count_distinct(rows['history_id']).as_py()} synthetic histories")
 
 
 if __name__ == "__main__":

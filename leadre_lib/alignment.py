@@ -228,22 +228,21 @@ def synthetic_examples(
     weight: float = 1.0,
 ) -> DataFrame:
     """Synthetic histories as <Prompt, Response> rows: of somebody unknown, who converted on an ad a
-    day up to the day before `ds`, and to whom the last ad of the history comes next.
+    day up to the day before `ds`. What comes next shares the prompt.
 
     Args:
         histories: rows of the table `synthetic_histories`.
         users, ads, semantic_ids: as `sft_examples` takes them.
-        weight: of each example.
+        weight: of each history, parted among the draws of what comes next.
 
     Returns:
         The columns of the contract `sft_examples`.
     """
-    steps = histories.withColumn(
-        "before", F.max("step").over(Window.partitionBy("history_id")) - F.col("step")
+    steps = histories.where("draws = 0").withColumn(
+        "before", F.max("step").over(Window.partitionBy("history_id")) - F.col("step") + 1
     )
     midnight = start_of(ds)
-    behaviours = steps.where("before > 0").join(ads.select("ad_id", "title", "category"), "ad_id")
-    behaviours = behaviours.select(
+    behaviours = steps.join(ads.select("ad_id", "title", "category"), "ad_id").select(
         F.concat_ws("-", "history_id", F.col("step").cast("string")).alias("event_id"),
         F.col("history_id").alias("user_id"),
         F.lit("ad").alias("domain"),
@@ -253,26 +252,36 @@ def synthetic_examples(
         "category",
         F.timestamp_seconds(F.unix_seconds(midnight) - F.col("before") * 86400).alias("event_time"),
     )
-    requests = steps.where("before = 0").select(
+    requests = steps.where("step = 1").select(
         F.col("history_id").alias("request_id"),
         F.col("history_id").alias("user_id"),
-        "ad_id",
         midnight.alias("cutoff"),
     )
     known = interests(requests, behaviours, window, prompt.content)
-    told = prompts(known, users, semantic_ids, prompt)
-    return told.join(semantic_ids, "ad_id").select(
-        F.concat(F.lit("synthetic_next_ad:"), F.col("request_id")).alias("example_id"),
-        F.lit("synthetic_next_ad").alias("task"),
-        F.lit(None).cast("string").alias("request_id"),
-        "prompt",
-        F.col("semantic_id").alias("response"),
-        F.lit(weight).alias("weight"),
-        F.lit(None).cast("string").alias("user_id"),
-        "ad_id",
-        F.lit(None).cast("timestamp").alias("target_time"),
-        "codebook",
-        "template",
+    told = prompts(known, users, semantic_ids, prompt).select("request_id", "prompt", "template")
+    nexts = (
+        histories.where("draws > 0")
+        .withColumn("all_draws", F.sum("draws").over(Window.partitionBy("history_id")))
+        .withColumnRenamed("history_id", "request_id")
+    )
+    return (
+        nexts.join(told, "request_id")
+        .join(semantic_ids, "ad_id")
+        .select(
+            F.concat_ws(
+                ":", F.lit("synthetic_next_ad"), "request_id", F.col("step").cast("string")
+            ).alias("example_id"),
+            F.lit("synthetic_next_ad").alias("task"),
+            "request_id",
+            "prompt",
+            F.col("semantic_id").alias("response"),
+            (F.lit(weight) * F.col("draws") / F.col("all_draws")).alias("weight"),
+            F.lit(None).cast("string").alias("user_id"),
+            "ad_id",
+            F.lit(None).cast("timestamp").alias("target_time"),
+            "codebook",
+            "template",
+        )
     )
 
 

@@ -71,6 +71,14 @@ class Histories:
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         return Histories(offsets, self.values[cases[self.cases]])
 
+    def without(self, at: Rows) -> Histories:
+        """All but some values, by place."""
+        kept = np.ones(len(self.values), np.bool_)
+        kept[at] = False
+        lengths = np.bincount(self.cases[kept], minlength=len(self))
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        return Histories(offsets, self.values[kept])
+
     def before(self, at: Rows, most: int, including: bool = False) -> Histories:
         """For each of some values, by place, up to `most` that stand before it in its case.
 

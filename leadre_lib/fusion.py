@@ -8,9 +8,11 @@ those that people took after what it holds, those in it, and popular ones. Each 
              + popularity * log(1 + takers(b)) + latest and seen  where the history holds b
 
 in which what is said of objects of the history is summed, each step back counting `decay` as much
-(see `signals`). The factors are a conditional logit (McFadden 1974) of what was taken, fitted on
-validation cases: they say by themselves how much a model or a text is worth in a data set. The
-paper's retrieval is the model alone; fusing it with such channels is this project's own.
+(see `signals`). The factors are a conditional logit (McFadden 1974) of what was taken: they say by
+themselves how much a model or a text is worth in a data set. Those of signals are learnt from what
+users took last (`learn_signals`), of whom there are many; validation cases then say what a model is
+worth beside them, as it has seen all that users took. The paper's retrieval is the model alone;
+fusing it with such channels is this project's own.
 
 Knows nothing of prompts, of tables, or of how a model writes.
 """
@@ -36,9 +38,11 @@ Mask = npt.NDArray[np.bool_]
 
 MIN_CASES = 30  # with fewer, eight factors would be guesses
 RIDGE = 1e-3  # of the factors in standard deviations: keeps what hardly matters near 0
+OF_MODEL = ("model", "written")  # the first factors; all others are of signals
 CHUNK_CASES = 256
 POPULAR = 50
 DRAWN = 200
+LEARNT_CASES = 3000
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,7 @@ class Fusion:
         histories: Histories,
         target: Rows,
         unwanted: Histories | None = None,
+        learnt: Factors | None = None,
     ) -> Factors | None:
         """The factors that make what was taken most likely among all active objects.
 
@@ -113,6 +118,7 @@ class Fusion:
             histories: object rows of each case, oldest first.
             target: the object that was taken [cases]; a case of -1 says nothing.
             unwanted: what each case must not get.
+            learnt: factors of signals, which keep their proportions; None: all are fitted.
 
         Returns:
             None where there are fewer than `MIN_CASES` cases.
@@ -140,9 +146,11 @@ class Fusion:
         width = max(part.shape[1] for part, _, _ in parts)
         features = np.concatenate([_padded(part, width, 0.0) for part, _, _ in parts])
         offset = np.concatenate([_padded(part, width, -np.inf) for _, part, _ in parts])
-        return Factors(
-            *_conditional_logit(features, offset, np.concatenate([own for _, _, own in parts]))
-        )
+        own = np.concatenate([own for _, _, own in parts])
+        ways = np.eye(len(fields(Factors)))
+        if learnt is not None:
+            ways = np.stack([*ways[: len(OF_MODEL)], np.array(astuple(learnt))])
+        return Factors(*map(float, _conditional_logit(features @ ways.T, offset, own) @ ways))
 
     def rank(
         self,
@@ -242,6 +250,44 @@ class Fusion:
         return _inner(query, self._signals.meaning.vectors(rows), at)
 
 
+def learn_signals(
+    signals: Signals,
+    active: Mask,
+    taken: Histories,
+    settings: FusionSettings,
+    seed: int,
+    repeat: bool = True,
+) -> Factors | None:
+    """What each signal is worth, by what users took last.
+
+    Signals are counted on all but each user's last step, which is then to be foretold: as a day's
+    cases follow what is counted, which holds their own users' past.
+
+    Args:
+        signals: of the catalogue; whatever they were counted on.
+        active: bool [objects], what may be ranked.
+        taken: of each user the object rows that they took, oldest first.
+        seed: of the choice of users, where there are many.
+        repeat: whether a user may take an object again.
+
+    Returns:
+        Factors, 0 of the model; None where there are fewer than `MIN_CASES` users to learn from.
+    """
+    last = np.flatnonzero(~taken.firsts() & np.append(taken.firsts()[1:], True))
+    rng = np.random.default_rng(seed)
+    at = np.sort(rng.permutation(last)[:LEARNT_CASES])
+    before = taken.before(at, settings.steps)
+    counted = signals.recounted(taken.without(last), settings)
+    unwanted = None if repeat else before
+    own = taken.values[at]
+    return Fusion(counted, active, settings).fit(nothing_written(len(at)), before, own, unwanted)
+
+
+def nothing_written(cases: int) -> Written:
+    """What a model wrote that was not asked."""
+    return Written(np.empty((cases, 0), np.int64), np.empty((cases, 0)))
+
+
 def _written_features(scores: Floats, beam: Rows, width: int) -> tuple[Floats, Floats]:
     """Log-probability above that of the worst that was written, and whether it was; the beam comes
     first in a case's objects.
@@ -318,5 +364,5 @@ def _conditional_logit(features: Floats, offset: Floats, own: Rows) -> Floats:
         ridge = RIDGE * factors
         return value / cases + ridge @ factors, gradient / cases + 2 * ridge
 
-    start = np.zeros(len(fields(Factors)))
+    start = np.zeros(features.shape[-1])
     return optimize.minimize(loss, start, jac=True, method="L-BFGS-B").x / scale

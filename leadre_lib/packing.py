@@ -73,7 +73,8 @@ def sequences(
         prompts: token ids; an example's prompt and answer together fit the limit.
         learnt: which tokens of prompts have a loss, bool [values of `prompts`].
         answers: token ids, all of which have a loss.
-        weights: of each example's loss [examples]; what is shared has their mean.
+        weights: of each example's loss [examples]; what is shared has their sum, as if each example
+            had said it.
         groups: number of each example's group [examples], in ascending order.
         limit: tokens of a sequence at most.
 
@@ -93,8 +94,7 @@ def sequences(
     starts = rank % most[group] == 0
     sequence = np.cumsum(starts) - 1
     number = rank % most[group] + 1
-    count = np.bincount(sequence)
-    mean = np.bincount(sequence, weights) / count
+    total = np.bincount(sequence, weights)
     head = np.flatnonzero(starts)
     # Pieces of the pool of all prompts and answers: what is shared, then each branch's two parts.
     pool = np.concatenate([prompts.values, answers.values])
@@ -105,7 +105,7 @@ def sequences(
         np.concatenate([shared[group[head]], rest, answers.lengths]),
         np.concatenate([np.zeros(len(head), np.int64), shared[group], prompts.lengths]),
         np.concatenate([np.full(len(head), SHARED), number, number]),
-        np.concatenate([mean, weights, weights]).astype(np.float32),
+        np.concatenate([total, weights, weights]).astype(np.float32),
     )
     part = np.repeat([0, 1, 2], [len(head), len(number), len(number)])
     order = np.lexsort([part, pieces.branch, np.concatenate([sequence[head], sequence, sequence])])

@@ -131,12 +131,13 @@ class ExampleSettings(Section):
     text_fraction: Fraction = Field(
         0.25, ge=0, le=1, description="of the ads, whose names and Semantic IDs are asked for"
     )
-    synthetic_per_ad: int = Field(8, ge=0, description="synthetic histories an ad; 0: none")
+    synthetic_per_ad: int = Field(16, ge=0, description="synthetic histories an ad; 0: none")
     synthetic_steps: PositiveInt = 8
     synthetic_neighbours: PositiveInt = Field(
         30, description="objects that each signal brings in, at each step"
     )
-    max_synthetic_examples: PositiveInt = 4000
+    synthetic_draws: PositiveInt = Field(8, description="of what comes next, of each history")
+    max_synthetic_examples: PositiveInt = Field(20000, description="histories")
     pairs_from: Literal["interactions", "impressions"] = Field(
         "interactions", description="ads clicked or converted on make pairs, or those shown too"
     )

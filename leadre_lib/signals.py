@@ -14,7 +14,7 @@ Knows nothing of prompts, of models, or of what each of them is worth (see `fusi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +61,11 @@ class Signals:
     def objects(self) -> int:
         """How many there are."""
         return len(self.takers)
+
+    def recounted(self, histories: Histories, settings: FusionSettings) -> Signals:
+        """These signals, as if users had taken other objects."""
+        after, takers = _counted(histories, self.objects, settings)
+        return replace(self, after=after, takers=takers)
 
     def save(self, path: Path) -> None:
         """Write all but `meaning`, which is an index of its own, as safetensors."""
@@ -130,16 +135,9 @@ def build_signals(
         settings: `words`, `decay`, `steps` and `near`.
     """
     objects = len(texts)
-    # A user who takes an object twice is one who took it.
-    once = np.unique(histories.cases * objects + histories.values)
-    takers = np.bincount(once % objects, minlength=objects).astype(np.float64)
-    return Signals(
-        meaning,
-        np.arange(objects),
-        word_vectors(texts, settings.words),
-        _after(histories, objects, settings),
-        takers,
-    )
+    after, takers = _counted(histories, objects, settings)
+    words = word_vectors(texts, settings.words)
+    return Signals(meaning, np.arange(objects), words, after, takers)
 
 
 def word_vectors(texts: Sequence[str], dimensions: int) -> Vectors:
@@ -174,6 +172,16 @@ def word_vectors(texts: Sequence[str], dimensions: int) -> Vectors:
     length = np.linalg.norm(reduced, axis=1, keepdims=True)
     unit = np.divide(reduced, length, where=length > 1e-6, out=np.zeros_like(reduced))
     return unit.astype(np.float32)
+
+
+def _counted(
+    histories: Histories, objects: int, settings: FusionSettings
+) -> tuple[sparse.csr_array, Floats]:
+    """What histories say: `after` and `takers`."""
+    # A user who takes an object twice is one who took it.
+    once = np.unique(histories.cases * objects + histories.values)
+    takers = np.bincount(once % objects, minlength=objects).astype(np.float64)
+    return _after(histories, objects, settings), takers
 
 
 def _after(histories: Histories, objects: int, settings: FusionSettings) -> sparse.csr_array:

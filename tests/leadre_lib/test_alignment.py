@@ -431,8 +431,8 @@ def test_draws_do_not_depend_on_order_or_partitions(spark: SparkSession) -> None
 
 def test_a_synthetic_history_is_somebody_unknown_with_an_ad_a_day(spark: SparkSession) -> None:
     steps = [
-        {"history_id": "h", "step": step, "ad_id": ad}
-        for step, ad in enumerate(("a1", "a2", "a3"), 1)
+        {"history_id": "h", "step": step, "ad_id": ad, "draws": draws}
+        for step, (ad, draws) in enumerate([("a1", 0), ("a2", 0), ("a3", 5), ("a1", 3)], 1)
     ]
     made = synthetic_examples(
         frame(spark, "synthetic_histories", steps),
@@ -442,14 +442,18 @@ def test_a_synthetic_history_is_somebody_unknown_with_an_ad_a_day(spark: SparkSe
         DAY1,
         WINDOW,
         PROMPT,
+        0.5,
     )
     assert sorted(made.columns) == sorted(load_contract("sft_examples").columns)
-    (row,) = made.collect()
-    assert (row["task"], row["response"], row["user_id"]) == (
+    row, other = made.orderBy("example_id").collect()
+    assert (row["task"], row["response"], row["user_id"], row["weight"]) == (
         "synthetic_next_ad",
         "<a_2><b_0>",
         None,
+        0.3125,
     )
+    assert (other["response"], other["weight"]) == ("<a_0><b_0>", 0.1875)
+    assert (other["prompt"], other["request_id"]) == (row["prompt"], row["request_id"])
     assert "2*conversion*<a_0><b_0>; 1*conversion*<a_1><b_0>." in row["prompt"]
     assert "The user" not in row["prompt"]
     assert "Long-term interests: home/kitchen*1, sports/running*1." in row["prompt"]

@@ -14,6 +14,7 @@ from leadre_lib.fusion import (
     Factors,
     Fusion,
     Written,
+    learn_signals,
     look_up,
     strongest_columns,
 )
@@ -142,6 +143,30 @@ def test_entries_are_looked_up_and_the_strongest_found() -> None:
     assert look_up(sparse.csr_array((3, 4)), rows, columns).tolist() == [[0] * 3] * 2
     assert strongest_columns(matrix, 2).tolist() == [[3, 1], [-1, -1], [0, 2]]
     assert strongest_columns(sparse.csr_array((2, 4)), 2).shape == (2, 0)
+
+
+def test_signals_are_learnt_from_what_users_took_last(signals: Signals) -> None:
+    rng = np.random.default_rng(7)
+    starts = rng.integers(0, OBJECTS, 300)
+    # They go on by seven until the last step, which is to what means the same.
+    taken = Histories.of(
+        [[s, (s + 7) % OBJECTS, (s + 7 + FAMILIES * rng.integers(1, 9)) % OBJECTS] for s in starts]
+    )
+    learnt = learn_signals(signals, ALL, taken, SETTINGS, 1)
+    assert learnt is not None
+    assert (learnt.model, learnt.written) == (0.0, 0.0)
+    assert learnt.meaning > 3
+    assert learn_signals(signals, ALL, taken, SETTINGS, 1) == learnt
+    # Cases say what a model is worth beside them, and leave their proportions alone.
+    past = histories(rng)
+    written = Written((past.values[2::3, None] + 50) % OBJECTS, np.zeros((CASES, 1)))
+    fusion = Fusion(signals, ALL, SETTINGS)
+    both = fusion.fit(written, past, written.objects[:, 0], None, learnt)
+    assert both is not None
+    assert both.written > 3
+    assert both.taken * learnt.meaning == pytest.approx(both.meaning * learnt.taken)
+    few = taken.slice(0, MIN_CASES - 1)
+    assert learn_signals(signals, ALL, few, SETTINGS, 1) is None
 
 
 def test_what_is_the_same_for_all_counts_nothing(signals: Signals) -> None:

@@ -18,6 +18,7 @@ from leadre_lib.training_rank import Rows, collate
 
 WORDS, ANSWERS = (10, 40), (40, 60)  # token ids of prompts and of answers
 HISTORY = 50  # a token of a prompt that has a loss
+LEARNT = (HISTORY, HISTORY + 1)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def examples() -> tuple[list[list[int]], list[list[int]], np.ndarray, np.ndarray
     rng = np.random.default_rng(4)
     prompts, groups = [], []
     for group, (targets, own) in enumerate([(3, 0), (1, 0), (4, 3), (1, 0)]):
-        start = [*rng.integers(*WORDS, 9).tolist(), HISTORY, HISTORY + 1, 9]
+        start = [*rng.integers(*WORDS, 9).tolist(), *LEARNT, 9]
         for _ in range(targets):
             prompts.append([*start, *rng.integers(*WORDS, own).tolist()] if group < 3 else [9])
             groups.append(group)
@@ -74,15 +75,17 @@ def gradients(model: PreTrainedModel, loss: torch.Tensor) -> list[torch.Tensor]:
     return list(torch.autograd.grad(loss, list(model.parameters())))
 
 
+@pytest.mark.parametrize("on_prompts", [False, True])
 @pytest.mark.parametrize("limit", [128, 24])
 def test_losses_and_gradients_are_those_of_the_examples_one_by_one(
     model: PreTrainedModel,
     examples: tuple[list[list[int]], list[list[int]], np.ndarray, np.ndarray],
     limit: int,
+    on_prompts: bool,
 ) -> None:
     prompts, answers, groups, weights = examples
     ragged = Ragged.of(prompts)
-    learnt = np.zeros(len(ragged.values), bool)
+    learnt = np.isin(ragged.values, LEARNT if on_prompts else ())
     packed = sequences(ragged, learnt, Ragged.of(answers), weights, groups, limit)
     lengths = np.array([len(row) for row in packed["tokens"].to_pylist()])
     assert lengths.max() <= limit
@@ -93,7 +96,8 @@ def test_losses_and_gradients_are_those_of_the_examples_one_by_one(
     alone = torch.zeros((), dtype=torch.float64)
     for prompt, answer, weight in zip(prompts, answers, weights, strict=True):
         ids = torch.tensor([prompt + answer])
-        labels = torch.tensor([[NO_LABEL] * len(prompt) + answer])
+        own = [token if on_prompts and token in LEARNT else NO_LABEL for token in prompt]
+        labels = torch.tensor([own + answer])
         logits = model(input_ids=ids).logits[0, :-1]
         nll = torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum")
         alone = alone + float(weight) * nll
@@ -123,7 +127,7 @@ def test_no_target_sees_another_or_another_sequence(model: PreTrainedModel) -> N
     assert changed == [3, 4]  # two shared tokens, the first branch's opening, its answer
 
 
-def test_the_prompts_own_targets_count_once_and_weigh_the_mean() -> None:
+def test_the_prompts_own_targets_stand_once_and_weigh_what_all_do() -> None:
     prompts = Ragged.of([[11, HISTORY, 12, 9], [11, HISTORY, 12, 9]])
     learnt = prompts.values == HISTORY
     answers, weights = Ragged.of([[41], [42]]), np.array([1.0, 2.0], np.float32)
@@ -133,7 +137,7 @@ def test_the_prompts_own_targets_count_once_and_weigh_the_mean() -> None:
         "positions": [0, 1, 2, 3, 4, 3, 4],
         "branches": [0, 0, 0, 1, 1, 2, 2],
         "labels": [NO_LABEL, HISTORY, NO_LABEL, NO_LABEL, 41, NO_LABEL, 42],
-        "weights": [1.5, 1.5, 1.5, 1.0, 1.0, 2.0, 2.0],
+        "weights": [3.0, 3.0, 3.0, 1.0, 1.0, 2.0, 2.0],
     }
 
 

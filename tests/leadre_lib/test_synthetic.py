@@ -6,14 +6,11 @@ import numpy as np
 import pytest
 
 from leadre_lib.evaluation import Histories
+from leadre_lib.fusion import learn_signals
 from leadre_lib.retrieval import EmbeddingIndex
 from leadre_lib.settings import ExampleSettings, FusionSettings
-from leadre_lib.synthetic import (
-    BY_MEANING,
-    learn_factors,
-    prefixes,
-    synthetic_histories,
-)
+from leadre_lib.signals import build_signals
+from leadre_lib.synthetic import Synthetic, prefixes, synthetic_histories
 
 RNG = np.random.default_rng(0)
 OBJECTS, FAMILIES = 60, 6
@@ -45,58 +42,73 @@ def made(
     examples: ExampleSettings = EXAMPLES,
     seed: int = 3,
     repeat: bool = True,
-) -> Histories:
+) -> Synthetic:
     return synthetic_histories(TEXTS, meaning, active, taken, examples, FUSION, seed, repeat)
 
 
-def steps(histories: Histories) -> tuple[np.ndarray, np.ndarray]:
-    """Each step and the one after it."""
-    later = ~histories.firsts()
-    return histories.values[np.flatnonzero(later) - 1], histories.values[later]
+def steps(made: Synthetic) -> tuple[np.ndarray, np.ndarray]:
+    """The latest step of each history, and what comes next, as often as it was drawn."""
+    latest = made.histories.values[made.histories.offsets[1:] - 1]
+    return np.repeat(latest[made.nexts.cases], made.draws), np.repeat(made.nexts.values, made.draws)
 
 
 def test_without_users_they_stay_among_what_means_alike(meaning: EmbeddingIndex) -> None:
     found = made(meaning, NOBODY)
-    assert len(found) == OBJECTS * 4
-    lengths = np.diff(found.offsets)
-    assert set(lengths) == {2, 3, 4, 5, 6}
+    assert len(found.histories) == len(found.nexts) == OBJECTS * 4
+    assert set(np.diff(found.histories.offsets)) == {1, 2, 3, 4, 5}
     before, after = steps(found)
     assert (before // 10 == after // 10).mean() > 0.9
-    assert np.bincount(found.values[found.firsts()]).tolist() == [4] * OBJECTS
+    firsts = found.histories.values[found.histories.firsts()]
+    assert np.bincount(firsts).tolist() == [4] * OBJECTS
 
 
 def test_they_learn_from_users_what_counts(meaning: EmbeddingIndex) -> None:
-    factors = learn_factors(TEXTS, meaning, ALL, habit(), FUSION, np.random.default_rng(1))
+    signals = build_signals(TEXTS, meaning, habit(), FUSION)
+    factors = learn_signals(signals, ALL, habit(), FUSION, 1)
+    assert factors is not None
     assert factors.taken > 3
     before, after = steps(made(meaning, habit()))
     assert ((before + 17) % OBJECTS == after).mean() > 0.5
-    alone = learn_factors(TEXTS, meaning, ALL, NOBODY, FUSION, np.random.default_rng(1))
-    assert alone == BY_MEANING
+    assert learn_signals(signals, ALL, NOBODY, FUSION, 1) is None
+
+
+def test_what_comes_next_is_drawn_so_often(meaning: EmbeddingIndex) -> None:
+    found = made(meaning, habit())
+    case = found.nexts.cases
+    assert (np.bincount(case, found.draws) == EXAMPLES.synthetic_draws).all()
+    assert found.draws.min() >= 1
+    pairs = case * OBJECTS + found.nexts.values
+    assert len(np.unique(pairs)) == len(pairs)
 
 
 def test_the_same_seed_gives_the_same(meaning: EmbeddingIndex) -> None:
     one, two, other = (made(meaning, habit(), seed=seed) for seed in (3, 3, 4))
-    assert np.array_equal(one.values, two.values)
-    assert np.array_equal(one.offsets, two.offsets)
-    assert not np.array_equal(one.values, other.values)
+    assert np.array_equal(one.histories.values, two.histories.values)
+    assert np.array_equal(one.histories.offsets, two.histories.offsets)
+    assert np.array_equal(one.nexts.values, two.nexts.values)
+    assert np.array_equal(one.draws, two.draws)
+    assert not np.array_equal(one.histories.values, other.histories.values)
 
 
 def test_only_active_objects_occur_and_none_twice_where_none_may(meaning: EmbeddingIndex) -> None:
     some = np.arange(OBJECTS) % 3 > 0
     found = made(meaning, habit(), active=some, repeat=False)
-    assert some[found.values].all()
-    pairs = found.cases * OBJECTS + found.values
-    drawn = pairs[~found.firsts()]
+    before, after = found.histories, found.nexts
+    assert some[before.values].all()
+    assert some[after.values].all()
+    pairs = np.concatenate(
+        [before.cases * OBJECTS + before.values, after.cases * OBJECTS + after.values]
+    )
     assert len(np.unique(pairs)) == len(pairs)
-    assert len(drawn) > len(found) / 2
+    assert len(after.values) > len(after)
 
 
 def test_the_cap_holds_and_none_are_made_where_none_can_be(meaning: EmbeddingIndex) -> None:
     few = EXAMPLES.model_copy(update={"max_synthetic_examples": 31})
-    assert len(made(meaning, habit(), examples=few)) == 31
+    assert len(made(meaning, habit(), examples=few).histories) == 31
     none = EXAMPLES.model_copy(update={"synthetic_per_ad": 0})
-    assert len(made(meaning, habit(), examples=none)) == 0
-    assert len(made(meaning, NOBODY, active=np.arange(OBJECTS) == 3)) == 0
+    assert len(made(meaning, habit(), examples=none).histories) == 0
+    assert len(made(meaning, NOBODY, active=np.arange(OBJECTS) == 3).histories) == 0
 
 
 def test_beginnings_are_real_steps_up_to_a_random_one() -> None:
