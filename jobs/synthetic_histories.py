@@ -55,11 +55,13 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     if settings.examples.synthetic_per_ad and any(day < ds for day in lake.days("behaviours")):
         ads = catalogue(lake.read("ads", ds), lake.read("ad_semantic_ids", ds), ds)
         texts = ads.texts()
+        past = taken_before(settings, lake, ads, ds)
         made = synthetic_histories(
             texts,
             EmbeddingIndex.build(embed(texts, settings.embedding, settings.cache)),
             ads.active_objects,
-            taken_before(settings, lake, ads, ds).histories(),
+            past.histories(),
+            past.last_conversions(settings.examples.cutoff),
             settings.examples,
             settings.fusion,
             settings.seed + ds.toordinal(),

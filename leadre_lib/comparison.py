@@ -75,11 +75,15 @@ class Interactions:
         rows: int64, marketing objects.
         again: bool, whether the user had clicked on the same object just before. A click and the
             conversion that follows it are one step of a history; two conversions are two.
+        converted: bool, conversion or click.
+        days: int64, the UTC day of each, counted from any.
     """
 
     users: np.ndarray
     rows: np.ndarray
     again: np.ndarray
+    converted: np.ndarray
+    days: np.ndarray
 
     def histories(self) -> Histories:
         """The steps of each user, oldest first."""
@@ -88,12 +92,37 @@ class Interactions:
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         return Histories(offsets, self.rows[steps])
 
+    def last_conversions(self, cutoff: str) -> tuple[np.ndarray, np.ndarray]:
+        """Of each user the last step of `histories` that is a conversion, or a click that led to
+        one, and has steps before its cutoff.
+
+        Args:
+            cutoff: `day` or `event`, as `examples.cutoff` means it.
+
+        Returns:
+            Places in the values of `histories`: of the conversions, and of the steps before which
+            their histories end, both int64 [users at most].
+        """
+        steps = np.flatnonzero(~self.again)
+        owner = np.cumsum(~self.again) - 1
+        converted = np.bincount(owner, self.converted, len(steps)) > 0
+        users, days = self.users[steps], self.days[steps]
+        place = np.arange(len(steps))
+        opens = np.diff(users, prepend=-1) != 0
+        begins = opens | (np.diff(days, prepend=0) != 0) if cutoff == "day" else place >= 0
+        ends = np.maximum.accumulate(np.where(begins, place, 0))
+        first = np.maximum.accumulate(np.where(opens, place, 0))
+        good = np.flatnonzero(converted & (ends > first))
+        last = good[np.append(np.diff(users[good]) != 0, True)[: len(good)]]
+        return last, ends[last]
+
 
 def interactions(behaviours: pa.Table, catalogue: Catalogue) -> Interactions:
     """The clicks and conversions on ads of the catalogue.
 
     Args:
-        behaviours: `user_id`, `domain`, `event_type` and `item_id`, ordered by user and time.
+        behaviours: `user_id`, `domain`, `event_type`, `item_id` and `event_time`, ordered by user
+            and time.
     """
     chosen = pc.and_(
         pc.equal(behaviours["domain"], "ad"),
@@ -104,10 +133,11 @@ def interactions(behaviours: pa.Table, catalogue: Catalogue) -> Interactions:
     known = rows >= 0
     users = taken["user_id"].combine_chunks().dictionary_encode().indices.to_numpy()
     users, rows = users[known].astype(np.int64), rows[known]
-    clicked = pc.equal(taken["event_type"], "click").to_numpy()[known]
+    converted = pc.equal(taken["event_type"], "conversion").to_numpy()[known]
     again = np.zeros(len(rows), bool)
-    again[1:] = (users[1:] == users[:-1]) & (rows[1:] == rows[:-1]) & clicked[:-1]
-    return Interactions(users, rows, again)
+    again[1:] = (users[1:] == users[:-1]) & (rows[1:] == rows[:-1]) & ~converted[:-1]
+    days = pc.floor_temporal(taken["event_time"], unit="day").cast(pa.int64()).to_numpy()[known]
+    return Interactions(users, rows, again, converted, days)
 
 
 def baseline_scorers(
@@ -158,7 +188,7 @@ def fused_lists(
 
 
 def fit_fusion(
-    fusion: Fusion, learnt: Factors | None, written: Written, cases: Cases, exclude_seen: bool
+    fusion: Fusion, written: Written, cases: Cases, exclude_seen: bool
 ) -> tuple[Factors, np.ndarray] | None:
     """The factors that fit the cases, and the lists that they give when fitted on others.
 
@@ -170,11 +200,11 @@ def fit_fusion(
     ranked = np.full((len(cases), TOP), -1, np.int64)
     for chosen in (half, ~half):
         others = np.where(chosen, -1, cases.target)
-        factors = fusion.fit(written, cases.histories, others, unwanted, learnt)
+        factors = fusion.fit(written, cases.histories, others, unwanted)
         if factors is None:
             return None
         ranked[chosen] = fused_lists(fusion, factors, written, cases, exclude_seen)[chosen]
-    whole = fusion.fit(written, cases.histories, cases.target, unwanted, learnt)
+    whole = fusion.fit(written, cases.histories, cases.target, unwanted)
     return None if whole is None else (whole, ranked)
 
 

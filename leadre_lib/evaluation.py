@@ -71,10 +71,9 @@ class Histories:
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         return Histories(offsets, self.values[cases[self.cases]])
 
-    def without(self, at: Rows) -> Histories:
-        """All but some values, by place."""
-        kept = np.ones(len(self.values), np.bool_)
-        kept[at] = False
+    def until(self, stops: Rows) -> Histories:
+        """Of each case what stands before a place in `values` [cases]."""
+        kept = np.arange(len(self.values)) < stops[self.cases]
         lengths = np.bincount(self.cases[kept], minlength=len(self))
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         return Histories(offsets, self.values[kept])

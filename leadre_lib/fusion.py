@@ -8,11 +8,10 @@ those that people took after what it holds, those in it, and popular ones. Each 
              + popularity * log(1 + takers(b)) + latest and seen  where the history holds b
 
 in which what is said of objects of the history is summed, each step back counting `decay` as much
-(see `signals`). The factors are a conditional logit (McFadden 1974) of what was taken: they say by
-themselves how much a model or a text is worth in a data set. Those of signals are learnt from what
-users took last (`learn_signals`), of whom there are many; validation cases then say what a model is
-worth beside them, as it has seen all that users took. The paper's retrieval is the model alone;
-fusing it with such channels is this project's own.
+(see `signals`). The factors are a conditional logit (McFadden 1974) of what was taken, fitted on
+validation cases: they say by themselves how much a model or a text is worth in a data set. Without
+a model, they can be learnt from what users wanted last (`learn_signals`). The paper's retrieval is
+the model alone; fusing it with such channels is this project's own.
 
 Knows nothing of prompts, of tables, or of how a model writes.
 """
@@ -38,7 +37,6 @@ Mask = npt.NDArray[np.bool_]
 
 MIN_CASES = 30  # with fewer, eight factors would be guesses
 RIDGE = 1e-3  # of the factors in standard deviations: keeps what hardly matters near 0
-OF_MODEL = ("model", "written")  # the first factors; all others are of signals
 CHUNK_CASES = 256
 POPULAR = 50
 DRAWN = 200
@@ -105,7 +103,6 @@ class Fusion:
         histories: Histories,
         target: Rows,
         unwanted: Histories | None = None,
-        learnt: Factors | None = None,
     ) -> Factors | None:
         """The factors that make what was taken most likely among all active objects.
 
@@ -118,7 +115,6 @@ class Fusion:
             histories: object rows of each case, oldest first.
             target: the object that was taken [cases]; a case of -1 says nothing.
             unwanted: what each case must not get.
-            learnt: factors of signals, which keep their proportions; None: all are fitted.
 
         Returns:
             None where there are fewer than `MIN_CASES` cases.
@@ -147,10 +143,7 @@ class Fusion:
         features = np.concatenate([_padded(part, width, 0.0) for part, _, _ in parts])
         offset = np.concatenate([_padded(part, width, -np.inf) for _, part, _ in parts])
         own = np.concatenate([own for _, _, own in parts])
-        ways = np.eye(len(fields(Factors)))
-        if learnt is not None:
-            ways = np.stack([*ways[: len(OF_MODEL)], np.array(astuple(learnt))])
-        return Factors(*map(float, _conditional_logit(features @ ways.T, offset, own) @ ways))
+        return Factors(*map(float, _conditional_logit(features, offset, own)))
 
     def rank(
         self,
@@ -254,33 +247,37 @@ def learn_signals(
     signals: Signals,
     active: Mask,
     taken: Histories,
+    wanted: tuple[Rows, Rows],
     settings: FusionSettings,
     seed: int,
     repeat: bool = True,
 ) -> Factors | None:
-    """What each signal is worth, by what users took last.
+    """What each signal is worth, by what users wanted last.
 
-    Signals are counted on all but each user's last step, which is then to be foretold: as a day's
-    cases follow what is counted, which holds their own users' past.
+    Of each user it is to be foretold from what came before it, and that alone is counted: as a
+    day's cases follow what is counted, which holds their own users' past.
 
     Args:
         signals: of the catalogue; whatever they were counted on.
         active: bool [objects], what may be ranked.
         taken: of each user the object rows that they took, oldest first.
-        seed: of the choice of users, where there are many.
+        wanted: places in the values of `taken`, int64 [cases] both: what is to be foretold, at most
+            one a user, and before which place the history ends that foretells it.
+        seed: of the choice of cases, where there are many.
         repeat: whether a user may take an object again.
 
     Returns:
-        Factors, 0 of the model; None where there are fewer than `MIN_CASES` users to learn from.
+        Factors, 0 of the model; None where there are fewer than `MIN_CASES` cases.
     """
-    last = np.flatnonzero(~taken.firsts() & np.append(taken.firsts()[1:], True))
-    rng = np.random.default_rng(seed)
-    at = np.sort(rng.permutation(last)[:LEARNT_CASES])
-    before = taken.before(at, settings.steps)
-    counted = signals.recounted(taken.without(last), settings)
+    at, ends = wanted
+    until = taken.offsets[1:].copy()
+    until[taken.cases[at]] = ends
+    counted = signals.recounted(taken.until(until), settings)
+    some = np.sort(np.random.default_rng(seed).permutation(len(at))[:LEARNT_CASES])
+    before = taken.before(ends[some], settings.steps)
     unwanted = None if repeat else before
-    own = taken.values[at]
-    return Fusion(counted, active, settings).fit(nothing_written(len(at)), before, own, unwanted)
+    own = taken.values[at[some]]
+    return Fusion(counted, active, settings).fit(nothing_written(len(own)), before, own, unwanted)
 
 
 def nothing_written(cases: int) -> Written:
@@ -364,5 +361,5 @@ def _conditional_logit(features: Floats, offset: Floats, own: Rows) -> Floats:
         ridge = RIDGE * factors
         return value / cases + ridge @ factors, gradient / cases + 2 * ridge
 
-    start = np.zeros(features.shape[-1])
+    start = np.zeros(len(fields(Factors)))
     return optimize.minimize(loss, start, jac=True, method="L-BFGS-B").x / scale

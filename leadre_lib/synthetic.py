@@ -54,6 +54,7 @@ def synthetic_histories(
     meaning: EmbeddingIndex,
     active: Mask,
     taken: Histories,
+    wanted: tuple[Rows, Rows],
     examples: ExampleSettings,
     fusion: FusionSettings,
     seed: int,
@@ -69,6 +70,7 @@ def synthetic_histories(
         meaning: index of their embeddings, in the same order.
         active: bool [objects], what may occur.
         taken: of each user the object rows that they took, oldest first.
+        wanted: as `fusion.learn_signals` takes it: such as is to come next.
         examples: `synthetic_per_ad` histories an active object, down to `max_synthetic_examples`,
             of at most `synthetic_steps` steps, each drawn from among `synthetic_neighbours` of each
             signal; `synthetic_draws` of what comes next.
@@ -84,7 +86,7 @@ def synthetic_histories(
         return Synthetic(none, none, none.values)
     narrow = fusion.model_copy(update={"near": examples.synthetic_neighbours})
     signals = build_signals(texts, meaning, taken, narrow)
-    factors = learn_signals(signals, active, taken, narrow, seed, repeat) or BY_MEANING
+    factors = learn_signals(signals, active, taken, wanted, narrow, seed, repeat) or BY_MEANING
     teacher = Teacher(Fusion(signals, active, narrow), factors, repeat)
     real = prefixes(taken, active, count // 2, examples.synthetic_steps, rng)
     starts = np.resize(rng.permutation(rows), count - len(real))

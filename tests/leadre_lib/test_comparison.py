@@ -136,11 +136,20 @@ def test_cases_become_rows_and_forgotten_ads_leave_histories() -> None:
     assert np.isnan(cases.ecpm).tolist() == [True, False]
 
 
-def past(events: list[tuple[str, str, str]]) -> pa.Table:
-    """User, event type and ad of behaviours, in the order given."""
+def past(events: list[tuple[str, str, str]], days: list[int] | None = None) -> pa.Table:
+    """User, event type and ad of behaviours, in the order given, and the day of each."""
     users, kinds, ads = zip(*events, strict=True)
     domain = ["content" if kind == "play" else "ad" for kind in kinds]
-    return pa.table({"user_id": users, "domain": domain, "event_type": kinds, "item_id": ads})
+    moments = np.array(days or [0] * len(events)) * 86_400_000_000 + 3_600_000_000
+    return pa.table(
+        {
+            "user_id": users,
+            "domain": domain,
+            "event_type": kinds,
+            "item_id": ads,
+            "event_time": pa.array(moments, pa.timestamp("us", "UTC")),
+        }
+    )
 
 
 def test_interactions_keep_the_order_and_know_a_click_that_was_converted_on() -> None:
@@ -190,6 +199,27 @@ def test_the_steps_of_histories_pass_over_a_click_that_was_converted_on() -> Non
     assert found.values.tolist() == [1, 0, 2]
 
 
+def test_last_conversions_end_their_history_at_the_cutoff() -> None:
+    events = [
+        ("u1", "click", "a1"),
+        ("u1", "click", "a2"),
+        ("u1", "conversion", "a2"),  # the same step as the click
+        ("u1", "click", "a3"),
+        ("u2", "click", "a1"),  # nothing came before its day
+        ("u2", "conversion", "a3"),
+        ("u3", "click", "a3"),  # never converted
+        ("u3", "click", "a1"),
+        ("u4", "conversion", "a1"),  # nothing before it at all
+    ]
+    found = interactions(past(events, [1, 2, 2, 3, 1, 1, 1, 2, 1]), small())
+    assert [part.tolist() for part in found.last_conversions("day")] == [[1], [1]]
+    assert [part.tolist() for part in found.last_conversions("event")] == [[1, 4], [1, 4]]
+    later = interactions(past(events[:1] + events[1:4], [1, 2, 2, 2]), small())
+    assert [part.tolist() for part in later.last_conversions("day")] == [[1], [1]]
+    early = interactions(past([("u1", "click", "a3"), *events[:3]], [1, 2, 2, 2]), small())
+    assert [part.tolist() for part in early.last_conversions("day")] == [[2], [1]]
+
+
 def test_what_is_measured_of_fusion_owes_nothing_to_the_case_itself() -> None:
     # In one half of the cases the model is right, in the other one always wrong: the factors of
     # each half are right for the other half alone.
@@ -213,7 +243,7 @@ def test_what_is_measured_of_fusion_owes_nothing_to_the_case_itself() -> None:
         [f"text {n}" for n in range(objects)], meaning, Histories.of([[0, 1]]), settings
     )
     fusion = Fusion(signals, np.ones(objects, bool), settings)
-    found = fit_fusion(fusion, None, written, told, False)
+    found = fit_fusion(fusion, written, told, False)
     assert found is not None
     whole, ranked = found
     own = fusion.fit(written, told.histories, np.where(np.arange(cases) < 100, target, -1))

@@ -145,28 +145,26 @@ def test_entries_are_looked_up_and_the_strongest_found() -> None:
     assert strongest_columns(sparse.csr_array((2, 4)), 2).shape == (2, 0)
 
 
-def test_signals_are_learnt_from_what_users_took_last(signals: Signals) -> None:
+def test_signals_are_learnt_from_what_users_wanted_last(signals: Signals) -> None:
     rng = np.random.default_rng(7)
-    starts = rng.integers(0, OBJECTS, 300)
-    # They go on by seven until the last step, which is to what means the same.
-    taken = Histories.of(
-        [[s, (s + 7) % OBJECTS, (s + 7 + FAMILIES * rng.integers(1, 9)) % OBJECTS] for s in starts]
-    )
-    learnt = learn_signals(signals, ALL, taken, SETTINGS, 1)
+    # They go on by seven, then take anything, and want what means the same as the second.
+    walks = [
+        [s, s + 7, rng.integers(0, OBJECTS), s + 7 + FAMILIES * rng.integers(1, 9)]
+        for s in rng.integers(0, OBJECTS, 300)
+    ]
+    taken = Histories.of([np.array(walk) % OBJECTS for walk in walks])
+    place = np.arange(len(taken.values))
+    wanted = np.flatnonzero(place % 4 == 3), np.flatnonzero(place % 4 == 2)
+    learnt = learn_signals(signals, ALL, taken, wanted, SETTINGS, 1)
     assert learnt is not None
     assert (learnt.model, learnt.written) == (0.0, 0.0)
-    assert learnt.meaning > 3
-    assert learn_signals(signals, ALL, taken, SETTINGS, 1) == learnt
-    # Cases say what a model is worth beside them, and leave their proportions alone.
-    past = histories(rng)
-    written = Written((past.values[2::3, None] + 50) % OBJECTS, np.zeros((CASES, 1)))
-    fusion = Fusion(signals, ALL, SETTINGS)
-    both = fusion.fit(written, past, written.objects[:, 0], None, learnt)
-    assert both is not None
-    assert both.written > 3
-    assert both.taken * learnt.meaning == pytest.approx(both.meaning * learnt.taken)
-    few = taken.slice(0, MIN_CASES - 1)
-    assert learn_signals(signals, ALL, few, SETTINGS, 1) is None
+    assert learnt.meaning + learnt.words > 10 > 3 > learnt.taken
+    assert learn_signals(signals, ALL, taken, wanted, SETTINGS, 1) == learnt
+    # What stands between the end of their history and what they wanted says nothing.
+    changed = replace(taken, values=np.where(place % 4 == 2, 5, taken.values))
+    assert learn_signals(signals, ALL, changed, wanted, SETTINGS, 1) == learnt
+    few = wanted[0][: MIN_CASES - 1], wanted[1][: MIN_CASES - 1]
+    assert learn_signals(signals, ALL, taken, few, SETTINGS, 1) is None
 
 
 def test_what_is_the_same_for_all_counts_nothing(signals: Signals) -> None:

@@ -35,6 +35,11 @@ def habit(users: int = 200) -> Histories:
     return Histories.of([[(s + 17 * n) % OBJECTS for n in range(4)] for s in starts])
 
 
+def last_steps(taken: Histories) -> tuple[np.ndarray, np.ndarray]:
+    """What each user took last, foretold from all before it."""
+    return taken.offsets[1:] - 1, taken.offsets[1:] - 1
+
+
 def made(
     meaning: EmbeddingIndex,
     taken: Histories,
@@ -43,7 +48,10 @@ def made(
     seed: int = 3,
     repeat: bool = True,
 ) -> Synthetic:
-    return synthetic_histories(TEXTS, meaning, active, taken, examples, FUSION, seed, repeat)
+    wanted = last_steps(taken)
+    return synthetic_histories(
+        TEXTS, meaning, active, taken, wanted, examples, FUSION, seed, repeat
+    )
 
 
 def steps(made: Synthetic) -> tuple[np.ndarray, np.ndarray]:
@@ -64,12 +72,12 @@ def test_without_users_they_stay_among_what_means_alike(meaning: EmbeddingIndex)
 
 def test_they_learn_from_users_what_counts(meaning: EmbeddingIndex) -> None:
     signals = build_signals(TEXTS, meaning, habit(), FUSION)
-    factors = learn_signals(signals, ALL, habit(), FUSION, 1)
+    factors = learn_signals(signals, ALL, habit(), last_steps(habit()), FUSION, 1)
     assert factors is not None
     assert factors.taken > 3
     before, after = steps(made(meaning, habit()))
     assert ((before + 17) % OBJECTS == after).mean() > 0.5
-    assert learn_signals(signals, ALL, NOBODY, FUSION, 1) is None
+    assert learn_signals(signals, ALL, NOBODY, last_steps(NOBODY), FUSION, 1) is None
 
 
 def test_what_comes_next_is_drawn_so_often(meaning: EmbeddingIndex) -> None:
