@@ -6,7 +6,8 @@ read, `run_ranks` starts the ranks under DeepSpeed and sees them through; what a
 
     train.parquet              token ids: packed sequences of SFT (see `packing`), pairs of DPO
     order.npy                  of DPO: the order in which steps take the pairs
-    rows.npz                   of SFT: which sequences are in each row, in the order of the steps
+    rows.npz                   of SFT: which sequences are in each row, in the order of the steps;
+                               the mean weight of a label
     validation/                of SFT: cases on which the best weights are chosen, and their index
     init/                      the model that SFT starts from (DPO starts from `work/sft/model`)
     fingerprint.json           sha256 of all of the above and of the settings: equal means resume
@@ -56,7 +57,7 @@ from leadre_lib.budget import fit
 from leadre_lib.constraint_index import ConstraintIndex
 from leadre_lib.errors import LeadreError
 from leadre_lib.facts import write_json
-from leadre_lib.packing import Ragged, fill_rows, sequences
+from leadre_lib.packing import NO_LABEL, Ragged, fill_rows, sequences
 from leadre_lib.settings import REPOSITORY, Settings, TrainingSettings
 from leadre_lib.templates import load_template
 
@@ -141,7 +142,8 @@ def prepare_sft(
     Args:
         examples: columns `prompt`, `response`, `weight` and `request_id`. Examples of one request
             share what their prompts begin with (see `packing`); null: an example by itself. What
-            the loss is on, `settings.sft.loss_on` says; weights are taken relative to their mean.
+            the loss is on, `settings.sft.loss_on` says; weights are taken relative to the mean of
+            all labels.
         work: the day's scratch folder.
         base_release: a folder whose `model/` training goes on from; its tokenizer is kept, and new
             tokens of `sid_vocab` are added. None: `settings.model.base`, or a model from scratch.
@@ -170,7 +172,12 @@ def prepare_sft(
         section.max_steps,
         settings.seed,
     )
-    np.savez(staged / "rows.npz", sequences=rows.values, offsets=rows.offsets)
+    np.savez(
+        staged / "rows.npz",
+        sequences=rows.values,
+        offsets=rows.offsets,
+        mean_weight=_mean_weight(staged / "train.parquet"),
+    )
     if validation is not None:
         validation.save(staged / "validation")
     _adopt(staged, folder, staged / "init", settings, section)
@@ -243,7 +250,6 @@ def _sft_parts(
         return
     if not weights.sum() > 0:
         raise TrainingError("no example has a weight above 0: check the weights of the tasks")
-    weights /= weights.mean()
     groups, limit = examples["group"].to_numpy(), settings.model.max_tokens
     opens = np.flatnonzero(np.diff(groups, prepend=-1))
     starts = opens[np.searchsorted(opens, np.arange(0, len(groups), CHUNK_ROWS), "right") - 1]
@@ -320,6 +326,16 @@ def _write_parts(path: Path, parts: Iterator[pa.Table]) -> np.ndarray:
         raise TrainingError("no examples to train on")
     writer.close()
     return np.concatenate(lengths).astype(np.int64)
+
+
+def _mean_weight(path: Path) -> float:
+    """Of the labels of packed sequences."""
+    total, labels = 0.0, 0
+    for batch in pq.ParquetFile(path).iter_batches(columns=["labels", "weights"]):
+        learnt = batch["labels"].flatten().to_numpy() != NO_LABEL
+        total += float(batch["weights"].flatten().to_numpy()[learnt].sum(dtype=np.float64))
+        labels += int(learnt.sum())
+    return total / labels
 
 
 def training_rows(

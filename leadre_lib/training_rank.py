@@ -163,17 +163,24 @@ def warmup_steps(section: TrainingSettings, steps: int) -> int:
 
 @dataclass(frozen=True)
 class Rows:
-    """Packed rows in the order of the steps, put together when they are asked for."""
+    """Packed rows in the order of the steps, put together when they are asked for.
 
-    parts: pa.Table  # see `packing.sequences`
+    `parts` are those of `packing.sequences`, `rows` the sequences of each row; weights are divided
+    by `mean_weight`.
+    """
+
+    parts: pa.Table
     rows: Ragged
+    mean_weight: float = 1.0
 
     @classmethod
     def open(cls, folder: Path) -> Rows:
         """What `prepare_sft` wrote; the file is mapped, not read."""
         with np.load(folder / "rows.npz", allow_pickle=False) as arrays:
             rows = Ragged(arrays["sequences"], arrays["offsets"])
-        return cls(pq.read_table(folder / "train.parquet", memory_map=True).combine_chunks(), rows)
+            mean_weight = float(arrays["mean_weight"])
+        parts = pq.read_table(folder / "train.parquet", memory_map=True).combine_chunks()
+        return cls(parts, rows, mean_weight)
 
     def __len__(self) -> int:
         return len(self.rows.lengths)
@@ -184,6 +191,7 @@ class Rows:
         taken = self.parts.take(pa.array(chosen))
         found = {name: taken[name].combine_chunks().flatten().to_numpy() for name in COLUMNS}
         lengths = pc.list_value_length(taken["tokens"]).to_numpy()
+        found["weights"] = found["weights"] / np.float32(self.mean_weight)
         return {**found, "documents": np.repeat(np.arange(len(chosen)), lengths)}
 
 
@@ -267,22 +275,9 @@ def _score_labels_only(model: PreTrainedModel) -> None:
         mask = targets != -100
         target = targets[mask]
         logits = model.get_output_embeddings()(hidden[:, :-1][mask]).float()
-        log_probs = logits.log_softmax(-1)
-        with torch.no_grad():
-            entropy = -(log_probs.exp() * log_probs).sum(-1)
-            is_top1 = logits.argmax(-1) == target
-            mean_logits = logits.mean(-1)
-
-        def spread(values: torch.Tensor) -> torch.Tensor:
-            return values.new_zeros(mask.shape).masked_scatter(mask, values)
-
-        return FusedCausalLMOutput(
-            log_probs=spread(log_probs.gather(1, target[:, None])[:, 0]),
-            entropy=spread(entropy),
-            is_top1=spread(is_top1),
-            mean_logits=spread(mean_logits),
-            label_mask=mask,
-        )
+        loss = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+        log_probs = loss.new_zeros(mask.shape).masked_scatter(mask, -loss)
+        return FusedCausalLMOutput(log_probs=log_probs, label_mask=mask)
 
     model.forward = forward
 
