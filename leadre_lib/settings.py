@@ -230,7 +230,7 @@ class TrainingSettings(Section):
     deepspeed: str = "deepspeed_cpu.json"
     hostfile: str = ""
     master_port: int = Field(0, ge=0, le=65535, description="of the first host; 0: a free one")
-    learning_rate: float = Field(5e-3, gt=0)
+    learning_rate: float = Field(3e-3, gt=0)
     batch_size: PositiveInt = 8
     epochs: float = Field(1.5, gt=0)
     max_steps: int = Field(0, ge=0, description="0: as many as the epochs need")
