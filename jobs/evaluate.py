@@ -94,10 +94,11 @@ def _fuse(
     """
     texts, exclude = ads.texts(), settings.evaluation.exclude_seen
     meaning = EmbeddingIndex.build(embed(texts, settings.embedding, settings.cache))
-    taken, active = past.histories(), ads.active_objects
-    signals = build_signals(texts, meaning, taken, settings.fusion)
+    signals = build_signals(texts, meaning, past.histories(), settings.fusion)
     groups = groups_of(ads, settings.decoding.group_by)
-    fusion = Fusion(signals, active, settings.fusion, groups, settings.decoding.max_per_group)
+    fusion = Fusion(
+        signals, ads.active_objects, settings.fusion, groups, settings.decoding.max_per_group
+    )
     found = comparison.fit_fusion(fusion, written["valid"], splits["valid"], exclude)
     if found is None:
         return None

@@ -31,12 +31,7 @@ def _rows(made: Synthetic, ads: Catalogue) -> pa.Table:
     before, after = made.histories, made.nexts
     case = np.concatenate([before.cases, after.cases])
     steps = np.diff(before.offsets)[after.cases]
-    step = np.concatenate(
-        [
-            np.arange(len(before.values)) - before.offsets[:-1][before.cases],
-            np.arange(len(after.values)) - after.offsets[:-1][after.cases] + steps,
-        ]
-    )
+    step = np.concatenate([before.places, after.places + steps])
     number = pc.utf8_lpad(pa.array(case).cast(pa.string()), 9, "0")
     objects = np.concatenate([before.values, after.values])
     table = {
@@ -61,7 +56,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
             EmbeddingIndex.build(embed(texts, settings.embedding, settings.cache)),
             ads.active_objects,
             past.histories(),
-            past.last_conversions(settings.examples.cutoff),
+            past.last_conversions(ads.active_objects, settings.examples.eval_targets == "happened"),
             settings.examples,
             settings.fusion,
             settings.seed + ds.toordinal(),

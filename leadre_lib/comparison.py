@@ -31,6 +31,7 @@ from leadre_lib.settings import EvaluationSettings, SasrecSettings
 
 GATE = "HR@10"
 TOP = 10
+DAY = 86_400_000_000  # microseconds
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,12 @@ def cases_of(examples: pa.Table, catalogue: Catalogue) -> Cases:
     """
     lists = examples["history_ad_ids"].combine_chunks()
     rows = catalogue.object_rows(lists.flatten())
-    case = np.repeat(np.arange(len(lists)), pc.list_value_length(lists).to_numpy())
-    known = rows >= 0
-    lengths = np.bincount(case[known], minlength=len(lists))
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    lengths = pc.list_value_length(lists).to_numpy()
+    histories = Histories(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), rows)
     ecpm = pc.fill_null(examples["target_ecpm"], float("nan")).to_numpy()
     return Cases(
         examples["prompt"].to_pylist(),
-        Histories(offsets, rows[known]),
+        histories.kept(rows >= 0),
         catalogue.object_rows(examples["target_ad_id"]),
         ecpm,
     )
@@ -68,7 +67,8 @@ def cases_of(examples: pa.Table, catalogue: Catalogue) -> Cases:
 
 @dataclass(frozen=True)
 class Interactions:
-    """Clicks and conversions that baselines learn from, each user's in the order of time.
+    """Clicks and conversions that baselines and signals learn from, each user's in the order of
+    time.
 
     Attributes:
         users: int64, a number a user.
@@ -76,14 +76,14 @@ class Interactions:
         again: bool, whether the user had clicked on the same object just before. A click and the
             conversion that follows it are one step of a history; two conversions are two.
         converted: bool, conversion or click.
-        days: int64, the UTC day of each, counted from any.
+        times: int64, microseconds since the epoch.
     """
 
     users: np.ndarray
     rows: np.ndarray
     again: np.ndarray
     converted: np.ndarray
-    days: np.ndarray
+    times: np.ndarray
 
     def histories(self) -> Histories:
         """The steps of each user, oldest first."""
@@ -92,29 +92,31 @@ class Interactions:
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         return Histories(offsets, self.rows[steps])
 
-    def last_conversions(self, cutoff: str) -> tuple[np.ndarray, np.ndarray]:
-        """Of each user the last step of `histories` that is a conversion, or a click that led to
-        one, and has steps before its cutoff.
+    def last_conversions(self, active: np.ndarray, by_day: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Of each user the last conversion that asks for what a case of the evaluation asks for: an
+        active object, with steps before the cutoff.
 
         Args:
-            cutoff: `day` or `event`, as `examples.cutoff` means it.
+            active: bool [objects].
+            by_day: the cutoff is midnight before the conversion; else its own time.
 
         Returns:
-            Places in the values of `histories`: of the conversions, and of the steps before which
-            their histories end, both int64 [users at most].
+            Places in the values of `histories`: of the conversions, and behind the last step that
+            began before the cutoff, both int64 [users at most]. A click before midnight that led to
+            a conversion after it is a step of the history and what is to be foretold.
         """
-        steps = np.flatnonzero(~self.again)
-        owner = np.cumsum(~self.again) - 1
-        converted = np.bincount(owner, self.converted, len(steps)) > 0
-        users, days = self.users[steps], self.days[steps]
-        place = np.arange(len(steps))
-        opens = np.diff(users, prepend=-1) != 0
-        begins = opens | (np.diff(days, prepend=0) != 0) if cutoff == "day" else place >= 0
-        ends = np.maximum.accumulate(np.where(begins, place, 0))
-        first = np.maximum.accumulate(np.where(opens, place, 0))
-        good = np.flatnonzero(converted & (ends > first))
-        last = good[np.append(np.diff(users[good]) != 0, True)[: len(good)]]
-        return last, ends[last]
+        steps = np.cumsum(~self.again)  # up to each row and with it
+        moment = self.times - self.times % DAY if by_day else self.times
+        opens = np.diff(self.users, prepend=-1) != 0
+        begins = opens | (np.diff(moment, prepend=0) != 0)
+        row = np.arange(len(steps))
+        cutoff = np.maximum.accumulate(np.where(begins, row, 0))
+        first = np.maximum.accumulate(np.where(opens, row, 0))
+        ends = (steps - ~self.again)[cutoff]
+        some = ends > (steps - ~self.again)[first]
+        good = np.flatnonzero(self.converted & active[self.rows] & some)
+        last = good[np.append(np.diff(self.users[good]) != 0, True)[: len(good)]]
+        return steps[last] - 1, ends[last]
 
 
 def interactions(behaviours: pa.Table, catalogue: Catalogue) -> Interactions:
@@ -136,8 +138,8 @@ def interactions(behaviours: pa.Table, catalogue: Catalogue) -> Interactions:
     converted = pc.equal(taken["event_type"], "conversion").to_numpy()[known]
     again = np.zeros(len(rows), bool)
     again[1:] = (users[1:] == users[:-1]) & (rows[1:] == rows[:-1]) & ~converted[:-1]
-    days = pc.floor_temporal(taken["event_time"], unit="day").cast(pa.int64()).to_numpy()[known]
-    return Interactions(users, rows, again, converted, days)
+    times = taken["event_time"].cast(pa.int64()).to_numpy()[known]
+    return Interactions(users, rows, again, converted, times)
 
 
 def baseline_scorers(

@@ -61,9 +61,16 @@ class Histories:
         offsets = self.offsets[start : stop + 1]
         return Histories(offsets - offsets[0], self.values[offsets[0] : offsets[-1]])
 
-    def firsts(self) -> Mask:
-        """Whether each value is the first one of its case [values]."""
-        return np.arange(len(self.values)) == self.offsets[:-1][self.cases]
+    @property
+    def places(self) -> Rows:
+        """Of each value in its case, from 0 [values]."""
+        return np.arange(len(self.values)) - self.offsets[:-1][self.cases]
+
+    def kept(self, values: Mask) -> Histories:
+        """All cases, with those of their values that a mask chooses [values]."""
+        lengths = np.bincount(self.cases[values], minlength=len(self))
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        return Histories(offsets, self.values[values])
 
     def chosen(self, cases: Mask) -> Histories:
         """Those of the cases that a mask chooses [cases]."""
@@ -71,21 +78,14 @@ class Histories:
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         return Histories(offsets, self.values[cases[self.cases]])
 
-    def until(self, stops: Rows) -> Histories:
-        """Of each case what stands before a place in `values` [cases]."""
-        kept = np.arange(len(self.values)) < stops[self.cases]
-        lengths = np.bincount(self.cases[kept], minlength=len(self))
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        return Histories(offsets, self.values[kept])
-
-    def before(self, at: Rows, most: int, including: bool = False) -> Histories:
+    def before(self, at: Rows, most: int, ends: Rows | None = None) -> Histories:
         """For each of some values, by place, up to `most` that stand before it in its case.
 
         Args:
             at: places in `values` [n], any order, also repeated.
-            including: the value itself stands last.
+            ends: another place of the same case, or the one behind it, that they stand before [n].
         """
-        end = at + including
+        end = at if ends is None else ends
         begin = np.maximum(self.offsets[:-1][self.cases[at]], end - most)
         lengths = end - begin
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
@@ -94,11 +94,7 @@ class Histories:
 
     def latest(self, most: int) -> Histories:
         """Of each case the `most` newest values."""
-        lengths = np.diff(self.offsets)
-        kept = np.minimum(lengths, most)
-        place = np.arange(len(self.values)) - self.offsets[:-1][self.cases]
-        newest = place >= (lengths - kept)[self.cases]
-        return Histories(np.concatenate([[0], np.cumsum(kept)]), self.values[newest])
+        return self.kept(self.places >= np.diff(self.offsets)[self.cases] - most)
 
     def padded(self) -> Rows:
         """Int64 [cases, longest], the newest last, -1 before a shorter one."""

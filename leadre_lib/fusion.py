@@ -143,6 +143,7 @@ class Fusion:
         features = np.concatenate([_padded(part, width, 0.0) for part, _, _ in parts])
         offset = np.concatenate([_padded(part, width, -np.inf) for _, part, _ in parts])
         own = np.concatenate([own for _, _, own in parts])
+        del parts  # some 40 kB a case
         return Factors(*map(float, _conditional_logit(features, offset, own)))
 
     def rank(
@@ -262,7 +263,8 @@ def learn_signals(
         active: bool [objects], what may be ranked.
         taken: of each user the object rows that they took, oldest first.
         wanted: places in the values of `taken`, int64 [cases] both: what is to be foretold, at most
-            one a user, and before which place the history ends that foretells it.
+            one a user, and before which place the history ends that foretells it, which may hold
+            the same object, too.
         seed: of the choice of cases, where there are many.
         repeat: whether a user may take an object again.
 
@@ -270,11 +272,14 @@ def learn_signals(
         Factors, 0 of the model; None where there are fewer than `MIN_CASES` cases.
     """
     at, ends = wanted
+    if len(at) < MIN_CASES:
+        return None
     until = taken.offsets[1:].copy()
     until[taken.cases[at]] = ends
-    counted = signals.recounted(taken.until(until), settings)
+    earlier = taken.kept(np.arange(len(taken.values)) < until[taken.cases])
+    counted = signals.recounted(earlier, settings)
     some = np.sort(np.random.default_rng(seed).permutation(len(at))[:LEARNT_CASES])
-    before = taken.before(ends[some], settings.steps)
+    before = taken.before(at[some], settings.steps, ends[some])
     unwanted = None if repeat else before
     own = taken.values[at[some]]
     return Fusion(counted, active, settings).fit(nothing_written(len(own)), before, own, unwanted)
@@ -342,13 +347,14 @@ def _conditional_logit(features: Floats, offset: Floats, own: Rows) -> Floats:
     """Factors of the largest likelihood that `own` of each case is taken.
 
     Args:
-        features: [cases, width, factors].
+        features: [cases, width, factors]; scaled in place.
         offset: [cases, width], of the scores; minus infinity for what is not there.
         own: place of what was taken [cases].
     """
     scale = features[np.isfinite(offset)].std(axis=0)
     scale[scale < 1e-6] = np.inf  # what is the same for all says nothing: its factor is 0
-    scaled, cases = features / scale, len(own)
+    features /= scale
+    scaled, cases = features, len(own)
     taken = scaled[np.arange(cases), own].sum(axis=0)
 
     def loss(factors: Floats) -> tuple[float, Floats]:

@@ -110,7 +110,9 @@ class TaskWeights(Section):
     next_category: float = Field(0.25, ge=0)
     text_to_sid: float = Field(1.0, ge=0)
     sid_to_text: float = Field(1.0, ge=0)
-    synthetic_next_ad: float = Field(1.0, ge=0)
+    synthetic_next_ad: float = Field(
+        1.0, ge=0, description="of a synthetic history: its draws of what comes next together"
+    )
 
 
 class ExampleSettings(Section):
@@ -131,13 +133,15 @@ class ExampleSettings(Section):
     text_fraction: Fraction = Field(
         0.25, ge=0, le=1, description="of the ads, whose names and Semantic IDs are asked for"
     )
-    synthetic_per_ad: int = Field(16, ge=0, description="synthetic histories an ad; 0: none")
-    synthetic_steps: PositiveInt = 8
+    synthetic_per_ad: int = Field(
+        16, ge=0, description="synthetic histories an active marketing object; 0: none"
+    )
+    synthetic_steps: PositiveInt = Field(8, description="of a synthetic history at most")
     synthetic_neighbours: PositiveInt = Field(
         30, description="objects that each signal brings in, at each step"
     )
     synthetic_draws: PositiveInt = Field(8, description="of what comes next, of each history")
-    max_synthetic_examples: PositiveInt = Field(20000, description="histories")
+    max_synthetic_histories: PositiveInt = 20000
     pairs_from: Literal["interactions", "impressions"] = Field(
         "interactions", description="ads clicked or converted on make pairs, or those shown too"
     )

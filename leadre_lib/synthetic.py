@@ -60,10 +60,11 @@ def synthetic_histories(
     seed: int,
     repeat: bool = True,
 ) -> Synthetic:
-    """Made-up histories, no two of them from the same random choices.
+    """Made-up histories, and what might come next.
 
     Half of them begin with an object, each active one as often as any other, and go on; half are
-    some steps of a user. Without users all begin with an object.
+    some steps of a user. Without users all begin with an object. What signals are worth is learnt
+    from `wanted`; where that is too little, meaning decides.
 
     Args:
         texts: of each object [objects].
@@ -71,7 +72,7 @@ def synthetic_histories(
         active: bool [objects], what may occur.
         taken: of each user the object rows that they took, oldest first.
         wanted: as `fusion.learn_signals` takes it: such as is to come next.
-        examples: `synthetic_per_ad` histories an active object, down to `max_synthetic_examples`,
+        examples: `synthetic_per_ad` histories an active object, at most `max_synthetic_histories`,
             of at most `synthetic_steps` steps, each drawn from among `synthetic_neighbours` of each
             signal; `synthetic_draws` of what comes next.
         fusion: how signals are counted.
@@ -80,13 +81,15 @@ def synthetic_histories(
     """
     rng = np.random.default_rng(seed)
     rows = np.flatnonzero(active)
-    count = min(len(rows) * examples.synthetic_per_ad, examples.max_synthetic_examples)
+    count = min(len(rows) * examples.synthetic_per_ad, examples.max_synthetic_histories)
     none = Histories.of([])
     if not count or len(rows) < 2:
         return Synthetic(none, none, none.values)
     narrow = fusion.model_copy(update={"near": examples.synthetic_neighbours})
     signals = build_signals(texts, meaning, taken, narrow)
-    factors = learn_signals(signals, active, taken, wanted, narrow, seed, repeat) or BY_MEANING
+    learnt = learn_signals(signals, active, taken, wanted, narrow, seed, repeat)
+    factors = learnt or BY_MEANING
+    log.info("factors %s%s", factors.as_dict(), "" if learnt else ", as too few converted")
     teacher = Teacher(Fusion(signals, active, narrow), factors, repeat)
     real = prefixes(taken, active, count // 2, examples.synthetic_steps, rng)
     starts = np.resize(rng.permutation(rows), count - len(real))
@@ -104,14 +107,11 @@ def prefixes(
     taken: Histories, active: Mask, count: int, longest: int, rng: np.random.Generator
 ) -> Histories:
     """So many beginnings of histories, each the latest steps up to a random one, active alone."""
-    kept = active[taken.values]
-    counts = np.bincount(taken.cases[kept], minlength=len(taken))
-    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    known = Histories(offsets, taken.values[kept])
+    known = taken.kept(active[taken.values])
     if not len(known.values):
         return Histories.of([])
     at = rng.integers(0, len(known.values), count)
-    return known.before(at, longest, including=True)
+    return known.before(at, longest, at + 1)
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Teacher:
 
     fusion: Fusion
     factors: Factors
-    repeat: bool = True
+    repeat: bool
 
     def walk(self, begun: Histories, steps: Rows, rng: np.random.Generator) -> Histories:
         """Histories that go on by so many drawn objects each; one for which nothing competes ends
@@ -132,8 +132,7 @@ class Teacher:
         """
         length, wanted = np.diff(begun.offsets), steps.copy()
         path = np.full((len(begun), int((length + wanted).max(initial=0))), -1, np.int64)
-        place = np.arange(len(begun.values)) - begun.offsets[:-1][begun.cases]
-        path[begun.cases, place] = begun.values
+        path[begun.cases, begun.places] = begun.values
         for step in range(int(wanted.max(initial=0))):
             going = np.flatnonzero(wanted > step)
             found = self._drawn(_histories(path[going], length[going]), 1, rng)[:, 0]

@@ -214,7 +214,9 @@ def _start(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and tokenizer that training starts from."""
     if base_release is None and not settings.model.base:
-        texts = (str(t) for name in ("prompt", "response") for t in examples[name].to_pylist())
+        # What many examples say counts once: a prompt stands in each example of its request.
+        columns = (pc.unique(examples[name]) for name in ("prompt", "response"))
+        texts = (str(text) for column in columns for text in column.to_pylist())
         phrases = load_template(settings.prompt.language).phrases
         tokenizer = models.build_tokenizer(texts, sid_vocab, settings.model.vocabulary, phrases)
         return models.build_model(settings.model, tokenizer, settings.seed, sid_vectors), tokenizer
@@ -310,8 +312,12 @@ def _prompts(
             f"a response of {longest} tokens leaves no room for a prompt: raise model.max_tokens"
             f" (now {limit})"
         )
+    asked = list(zip(texts, (limit - len(answer) for answer in answers), strict=True))
+    distinct = list(dict.fromkeys(asked))  # examples of a request say the same
     # As the decoder reads prompts.
-    return fit(texts, tokenizer, [limit - len(answer) for answer in answers])
+    found = fit([text for text, _ in distinct], tokenizer, [room for _, room in distinct])
+    tokens = dict(zip(distinct, found, strict=True))
+    return [tokens[each] for each in asked]
 
 
 def _write_parts(path: Path, parts: Iterator[pa.Table]) -> np.ndarray:

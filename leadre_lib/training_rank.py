@@ -171,7 +171,7 @@ class Rows:
 
     parts: pa.Table
     rows: Ragged
-    mean_weight: float = 1.0
+    mean_weight: float
 
     @classmethod
     def open(cls, folder: Path) -> Rows:
@@ -255,9 +255,9 @@ class PackedTrainer(SFTTrainer):
 def _score_labels_only(model: PreTrainedModel) -> None:
     """Project only the positions whose next token has a label onto the vocabulary.
 
-    TRL's fused head projects every position (on a GPU by a Triton kernel, chunk by chunk): at a
-    small model's size most of the work, for a response of five tokens after a long prompt. The
-    contract is that of `trl.trainer.utils.add_fused_lm_head`.
+    Takes the place of `trl.trainer.utils.add_fused_lm_head`, which without a GPU projects every
+    position: at a small model's size most of the work, for a response of five tokens after a long
+    prompt. Gives `log_probs` and `label_mask` alone, which is all that our losses read.
     """
     plain = model.forward
 

@@ -145,10 +145,10 @@ def assign_ids(lake: Lake, ds: dt.date) -> None:
 
 
 def land_histories(lake: Lake, ds: dt.date) -> None:
-    """Publish one synthetic history: the ads a1 and a2, and a3 next."""
+    """Publish one synthetic history: the ads a1 and a2, and a3 or a1 next."""
     records = [
         {"history_id": "synthetic-0", "step": step, "ad_id": ad_id, "draws": draws}
-        for step, (ad_id, draws) in enumerate([("a1", 0), ("a2", 0), ("a3", 2)], 1)
+        for step, (ad_id, draws) in enumerate([("a1", 0), ("a2", 0), ("a3", 5), ("a1", 2)], 1)
     ]
     with lake.begin("synthetic_histories", ds) as attempt:
         attempt.write(rows("synthetic_histories", records))

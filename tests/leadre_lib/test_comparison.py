@@ -136,11 +136,11 @@ def test_cases_become_rows_and_forgotten_ads_leave_histories() -> None:
     assert np.isnan(cases.ecpm).tolist() == [True, False]
 
 
-def past(events: list[tuple[str, str, str]], days: list[int] | None = None) -> pa.Table:
-    """User, event type and ad of behaviours, in the order given, and the day of each."""
+def past(events: list[tuple[str, str, str]], hours: list[int] | None = None) -> pa.Table:
+    """User, event type and ad of behaviours, in the order given, and the hour of each."""
     users, kinds, ads = zip(*events, strict=True)
     domain = ["content" if kind == "play" else "ad" for kind in kinds]
-    moments = np.array(days or [0] * len(events)) * 86_400_000_000 + 3_600_000_000
+    moments = np.array(hours or [0] * len(events)) * 3_600_000_000
     return pa.table(
         {
             "user_id": users,
@@ -199,6 +199,16 @@ def test_the_steps_of_histories_pass_over_a_click_that_was_converted_on() -> Non
     assert found.values.tolist() == [1, 0, 2]
 
 
+def last(
+    events: list[tuple[str, str, str]], hours: list[int], by_day: bool, active: str = "a1 a2 a3"
+) -> list[tuple[int, int]]:
+    ads = small()
+    rows = ads.object_rows(pa.array(active.split()))
+    may = np.isin(np.arange(len(ads.object_ids)), rows)
+    found = interactions(past(events, hours), ads).last_conversions(may, by_day)
+    return list(zip(*(part.tolist() for part in found), strict=True))
+
+
 def test_last_conversions_end_their_history_at_the_cutoff() -> None:
     events = [
         ("u1", "click", "a1"),
@@ -211,13 +221,15 @@ def test_last_conversions_end_their_history_at_the_cutoff() -> None:
         ("u3", "click", "a1"),
         ("u4", "conversion", "a1"),  # nothing before it at all
     ]
-    found = interactions(past(events, [1, 2, 2, 3, 1, 1, 1, 2, 1]), small())
-    assert [part.tolist() for part in found.last_conversions("day")] == [[1], [1]]
-    assert [part.tolist() for part in found.last_conversions("event")] == [[1, 4], [1, 4]]
-    later = interactions(past(events[:1] + events[1:4], [1, 2, 2, 2]), small())
-    assert [part.tolist() for part in later.last_conversions("day")] == [[1], [1]]
-    early = interactions(past([("u1", "click", "a3"), *events[:3]], [1, 2, 2, 2]), small())
-    assert [part.tolist() for part in early.last_conversions("day")] == [[2], [1]]
+    hours = [20, 30, 31, 60, 30, 31, 30, 60, 30]
+    assert last(events, hours, by_day=True) == [(1, 1)]
+    assert last(events, hours, by_day=False) == [(1, 2), (4, 4)]  # the click is known by then
+    assert last(events, hours, by_day=False, active="a1 a3") == [(4, 4)]
+    # A click before midnight, and the conversion that it led to after it.
+    assert last(events[:3], [20, 23, 25], by_day=True) == [(1, 2)]
+    # What happened at the very moment is not known.
+    assert last([("u1", "click", "a3"), *events[:3]], [1, 5, 6, 6], by_day=False) == [(2, 2)]
+    assert last([("u1", "play", "a1")], [1], by_day=True) == []
 
 
 def test_what_is_measured_of_fusion_owes_nothing_to_the_case_itself() -> None:

@@ -90,7 +90,7 @@ def test_losses_and_gradients_are_those_of_the_examples_one_by_one(
     lengths = np.array([len(row) for row in packed["tokens"].to_pylist()])
     assert lengths.max() <= limit
     assert lengths.sum() < sum(map(len, prompts)) + sum(map(len, answers))
-    rows = Rows(packed, Ragged.of(fill_rows(lengths, 64)))
+    rows = Rows(packed, Ragged.of(fill_rows(lengths, 64)), 1.0)
     batch = collate([rows[n] for n in range(len(rows))], 0)
     loss = loss_of(model, batch)
     alone = torch.zeros((), dtype=torch.float64)
@@ -115,7 +115,7 @@ def test_no_target_sees_another_or_another_sequence(model: PreTrainedModel) -> N
         packed = sequences(
             Ragged.of(prompts), learnt, Ragged.of(answers), weights, np.array([0, 0, 1]), 99
         )
-        batch = collate([Rows(packed, Ragged.of([[0, 1]]))[0]], 0)
+        batch = collate([Rows(packed, Ragged.of([[0, 1]]), 1.0)[0]], 0)
         mask = attention_mask(batch["documents"], batch["branches"])
         found = model(
             input_ids=batch["tokens"], position_ids=batch["positions"], attention_mask=mask

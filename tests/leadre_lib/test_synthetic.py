@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from leadre_lib.evaluation import Histories
-from leadre_lib.fusion import learn_signals
+from leadre_lib.fusion import Factors, Fusion, learn_signals, nothing_written
 from leadre_lib.retrieval import EmbeddingIndex
 from leadre_lib.settings import ExampleSettings, FusionSettings
 from leadre_lib.signals import build_signals
-from leadre_lib.synthetic import Synthetic, prefixes, synthetic_histories
+from leadre_lib.synthetic import AMONG, Synthetic, Teacher, prefixes, synthetic_histories
 
 RNG = np.random.default_rng(0)
 OBJECTS, FAMILIES = 60, 6
@@ -66,7 +66,7 @@ def test_without_users_they_stay_among_what_means_alike(meaning: EmbeddingIndex)
     assert set(np.diff(found.histories.offsets)) == {1, 2, 3, 4, 5}
     before, after = steps(found)
     assert (before // 10 == after // 10).mean() > 0.9
-    firsts = found.histories.values[found.histories.firsts()]
+    firsts = found.histories.values[found.histories.offsets[:-1]]
     assert np.bincount(firsts).tolist() == [4] * OBJECTS
 
 
@@ -80,13 +80,33 @@ def test_they_learn_from_users_what_counts(meaning: EmbeddingIndex) -> None:
     assert learn_signals(signals, ALL, NOBODY, last_steps(NOBODY), FUSION, 1) is None
 
 
-def test_what_comes_next_is_drawn_so_often(meaning: EmbeddingIndex) -> None:
-    found = made(meaning, habit())
-    case = found.nexts.cases
-    assert (np.bincount(case, found.draws) == EXAMPLES.synthetic_draws).all()
-    assert found.draws.min() >= 1
-    pairs = case * OBJECTS + found.nexts.values
-    assert len(np.unique(pairs)) == len(pairs)
+def test_what_comes_next_is_drawn_as_often_as_its_probability_says(
+    meaning: EmbeddingIndex,
+) -> None:
+    signals = build_signals(TEXTS, meaning, habit(), FUSION)
+    fusion, factors = Fusion(signals, ALL, FUSION), Factors(meaning=8.0, taken=12.0)
+    begun = Histories.of([[n, (n + 5) % OBJECTS] for n in range(OBJECTS)])
+    found = Teacher(fusion, factors, True).nexts(begun, 8, np.random.default_rng(1))
+    objects, log_p = fusion.rank(factors, nothing_written(OBJECTS), begun, AMONG)
+    share = np.exp(log_p)
+    expected = np.zeros((OBJECTS, OBJECTS))
+    np.put_along_axis(expected, objects, 8 * share / share.sum(axis=1, keepdims=True), 1)
+    drawn = np.zeros((OBJECTS, OBJECTS))
+    drawn[found.nexts.cases, found.nexts.values] = found.draws
+    assert np.abs(drawn - expected).max() < 1
+    assert (drawn.sum(axis=1) == 8).all()
+    assert (found.draws > 1).any()
+
+
+def test_half_of_them_are_what_users_took(meaning: EmbeddingIndex) -> None:
+    # Users go on by what no signal says: nobody could draw it.
+    steps = Histories.of([[n, (n + 23) % OBJECTS, (n + 31) % OBJECTS] for n in range(0, 60, 3)])
+    found = made(meaning, steps).histories
+    lists = {tuple(part.tolist()) for part in np.split(steps.values, steps.offsets[1:-1])}
+    own = [tuple(part.tolist()) for part in np.split(found.values, found.offsets[1:-1])]
+    begun = {rows[:n] for rows in lists for n in (1, 2, 3)}
+    assert all(rows in begun for rows in own[: len(own) // 2])
+    assert len(lists & set(own)) > len(lists) / 2
 
 
 def test_the_same_seed_gives_the_same(meaning: EmbeddingIndex) -> None:
@@ -112,7 +132,7 @@ def test_only_active_objects_occur_and_none_twice_where_none_may(meaning: Embedd
 
 
 def test_the_cap_holds_and_none_are_made_where_none_can_be(meaning: EmbeddingIndex) -> None:
-    few = EXAMPLES.model_copy(update={"max_synthetic_examples": 31})
+    few = EXAMPLES.model_copy(update={"max_synthetic_histories": 31})
     assert len(made(meaning, habit(), examples=few).histories) == 31
     none = EXAMPLES.model_copy(update={"synthetic_per_ad": 0})
     assert len(made(meaning, habit(), examples=none).histories) == 0

@@ -24,7 +24,7 @@ from leadre_lib.constraint_index import ConstraintIndex
 from leadre_lib.decoding import BeamDecoder
 from leadre_lib.errors import LeadreError
 from leadre_lib.model import load, sid_ids, sid_token_ids, sid_tokens
-from leadre_lib.packing import NO_LABEL
+from leadre_lib.packing import NO_LABEL, Ragged
 from leadre_lib.settings import (
     REPOSITORY,
     DecodingSettings,
@@ -34,6 +34,7 @@ from leadre_lib.settings import (
     SftSettings,
     TrainingSettings,
 )
+from leadre_lib.training_rank import Rows
 
 SIZES = (4, 4, 2)
 EXAMPLES = 60
@@ -314,6 +315,22 @@ def test_rows_take_every_sequence_as_often_and_are_nearly_full() -> None:
     assert not np.array_equal(rows.values, other.values)
     steps = training.training_rows(lengths, 384, batch=16, epochs=1, max_steps=70, seed=1)
     assert len(steps.lengths) == 70 * 16
+
+
+def test_weights_are_relative_to_the_mean_of_all_labels(
+    examples: pa.Table, settings: Settings, tmp_path: Path
+) -> None:
+    unequal = np.where(np.arange(EXAMPLES) % 2, 3.0, 0.5)
+    told = examples.set_column(2, "weight", pa.array(unequal))
+    prepare(told, tmp_path, settings)
+    rows = Rows.open(tmp_path / "sft")
+    sequences = len(rows.parts)
+    once = Rows(rows.parts, Ragged.of([[n] for n in range(sequences)]), rows.mean_weight)
+    found = [once[n] for n in range(sequences)]
+    labels = np.concatenate([row["labels"] for row in found]) != NO_LABEL
+    weights = np.concatenate([row["weights"] for row in found])[labels]
+    assert weights.mean() == pytest.approx(1)
+    assert weights.max() == pytest.approx(6 * weights.min())
 
 
 def test_steps_follow_the_epochs_unless_given() -> None:
