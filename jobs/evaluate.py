@@ -23,7 +23,7 @@ from leadre_lib.constraint_index import ConstraintIndex
 from leadre_lib.contracts import load_contract
 from leadre_lib.embeddings import embed
 from leadre_lib.errors import LeadreError, NothingToDo
-from leadre_lib.fusion import Factors, Fusion, Written
+from leadre_lib.fusion import Factors, Fusion, Written, learn_signals
 from leadre_lib.generation import open_decoder, sid_sizes
 from leadre_lib.lake import Lake
 from leadre_lib.quality import publish
@@ -94,12 +94,15 @@ def _fuse(
     """
     texts, exclude = ads.texts(), settings.evaluation.exclude_seen
     meaning = EmbeddingIndex.build(embed(texts, settings.embedding, settings.cache))
-    signals = build_signals(texts, meaning, past.histories(), settings.fusion)
-    groups = groups_of(ads, settings.decoding.group_by)
-    fusion = Fusion(
-        signals, ads.active_objects, settings.fusion, groups, settings.decoding.max_per_group
+    taken, active = past.histories(), ads.active_objects
+    signals = build_signals(texts, meaning, taken, settings.fusion)
+    wanted = past.last_conversions(active, settings.examples.eval_targets == "happened")
+    learnt = learn_signals(
+        signals, active, taken, wanted, settings.fusion, settings.seed, repeat=not exclude
     )
-    found = comparison.fit_fusion(fusion, written["valid"], splits["valid"], exclude)
+    groups = groups_of(ads, settings.decoding.group_by)
+    fusion = Fusion(signals, active, settings.fusion, groups, settings.decoding.max_per_group)
+    found = comparison.fit_fusion(fusion, learnt, written["valid"], splits["valid"], exclude)
     if found is None:
         return None
     factors, of_valid = found

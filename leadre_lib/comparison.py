@@ -190,7 +190,7 @@ def fused_lists(
 
 
 def fit_fusion(
-    fusion: Fusion, written: Written, cases: Cases, exclude_seen: bool
+    fusion: Fusion, learnt: Factors | None, written: Written, cases: Cases, exclude_seen: bool
 ) -> tuple[Factors, np.ndarray] | None:
     """The factors that fit the cases, and the lists that they give when fitted on others.
 
@@ -202,11 +202,11 @@ def fit_fusion(
     ranked = np.full((len(cases), TOP), -1, np.int64)
     for chosen in (half, ~half):
         others = np.where(chosen, -1, cases.target)
-        factors = fusion.fit(written, cases.histories, others, unwanted)
+        factors = fusion.fit(written, cases.histories, others, unwanted, learnt)
         if factors is None:
             return None
         ranked[chosen] = fused_lists(fusion, factors, written, cases, exclude_seen)[chosen]
-    whole = fusion.fit(written, cases.histories, cases.target, unwanted)
+    whole = fusion.fit(written, cases.histories, cases.target, unwanted, learnt)
     return None if whole is None else (whole, ranked)
 
 

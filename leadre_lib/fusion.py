@@ -8,10 +8,11 @@ those that people took after what it holds, those in it, and popular ones. Each 
              + popularity * log(1 + takers(b)) + latest and seen  where the history holds b
 
 in which what is said of objects of the history is summed, each step back counting `decay` as much
-(see `signals`). The factors are a conditional logit (McFadden 1974) of what was taken, fitted on
-validation cases: they say by themselves how much a model or a text is worth in a data set. Without
-a model, they can be learnt from what users wanted last (`learn_signals`). The paper's retrieval is
-the model alone; fusing it with such channels is this project's own.
+(see `signals`). The factors are a conditional logit (McFadden 1974) of what was taken: they say by
+themselves how much a model or a text is worth in a data set. Those of signals are learnt from what
+users wanted last (`learn_signals`), of whom there are many. Validation cases then say what a model
+is worth beside them: it has seen what users took. The paper's retrieval is the model alone; fusing
+it with such channels is this project's own.
 
 Knows nothing of prompts, of tables, or of how a model writes.
 """
@@ -37,6 +38,7 @@ Mask = npt.NDArray[np.bool_]
 
 MIN_CASES = 30  # with fewer, eight factors would be guesses
 RIDGE = 1e-3  # of the factors in standard deviations: keeps what hardly matters near 0
+OF_MODEL = ("model", "written")  # the first factors; all others are of signals
 CHUNK_CASES = 256
 POPULAR = 50
 DRAWN = 200
@@ -103,6 +105,7 @@ class Fusion:
         histories: Histories,
         target: Rows,
         unwanted: Histories | None = None,
+        learnt: Factors | None = None,
     ) -> Factors | None:
         """The factors that make what was taken most likely among all active objects.
 
@@ -115,6 +118,7 @@ class Fusion:
             histories: object rows of each case, oldest first.
             target: the object that was taken [cases]; a case of -1 says nothing.
             unwanted: what each case must not get.
+            learnt: factors of signals, which keep their proportions; None: all are fitted.
 
         Returns:
             None where there are fewer than `MIN_CASES` cases.
@@ -144,7 +148,11 @@ class Fusion:
         offset = np.concatenate([_padded(part, width, -np.inf) for _, part, _ in parts])
         own = np.concatenate([own for _, _, own in parts])
         del parts  # some 40 kB a case
-        return Factors(*map(float, _conditional_logit(features, offset, own)))
+        ways = np.eye(len(fields(Factors)))
+        if learnt is not None:
+            ways = np.stack([*ways[: len(OF_MODEL)], np.array(astuple(learnt))])
+            features = features @ ways.T
+        return Factors(*map(float, _conditional_logit(features, offset, own) @ ways))
 
     def rank(
         self,
@@ -367,5 +375,5 @@ def _conditional_logit(features: Floats, offset: Floats, own: Rows) -> Floats:
         ridge = RIDGE * factors
         return value / cases + ridge @ factors, gradient / cases + 2 * ridge
 
-    start = np.zeros(len(fields(Factors)))
+    start = np.zeros(features.shape[-1])
     return optimize.minimize(loss, start, jac=True, method="L-BFGS-B").x / scale

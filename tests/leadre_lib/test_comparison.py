@@ -255,7 +255,7 @@ def test_what_is_measured_of_fusion_owes_nothing_to_the_case_itself() -> None:
         [f"text {n}" for n in range(objects)], meaning, Histories.of([[0, 1]]), settings
     )
     fusion = Fusion(signals, np.ones(objects, bool), settings)
-    found = fit_fusion(fusion, written, told, False)
+    found = fit_fusion(fusion, None, written, told, False)
     assert found is not None
     whole, ranked = found
     own = fusion.fit(written, told.histories, np.where(np.arange(cases) < 100, target, -1))
