@@ -57,6 +57,7 @@ log = logging.getLogger(__name__)
 PROGRESS_LINES = 20
 SECTIONS: dict[str, type[TrainingSettings]] = {"sft": SftSettings, "dpo": DpoSettings}
 TOP = 10  # of the lists that are validated
+CHANCE = 0.5
 disable_progress_bars()
 
 
@@ -318,9 +319,8 @@ class _Progress(TrainerCallback):
 class _Validator(TrainerCallback):
     """Decodes the validation cases some times, keeps the best weights, stops when none follow.
 
-    Each rank decodes a share of the cases with a copy of the weights. The best weights lie in
-    `best/`, the curve in `validation.json`, where `kept` is true of the best; both are reproduced
-    by a resumed training.
+    Each rank decodes a share of the cases with a copy of the weights. Those that `kept` chooses lie
+    in `best/`, the curve in `validation.json`; both are reproduced by a resumed training.
     """
 
     def __init__(self, trainer: Trainer, folder: Path, run: dict[str, Any]) -> None:
@@ -345,12 +345,11 @@ class _Validator(TrainerCallback):
         weights = trained_weights(self.trainer)
         model, tokenizer = plain_model(self.init, weights, self.section, self.trainer.args)
         entry = {"step": state.global_step, **self._measure(model, tokenizer)}
-        better = all(_merit(entry) > _merit(before) for before in self.curve)
         self.curve.append(entry)
-        best = max(range(len(self.curve)), key=lambda n: _merit(self.curve[n]))
+        best = kept([entry["HR@10"] for entry in self.curve], len(self.cases.prompts))
         if state.is_world_process_zero:
             log.info("validation at step %d: HR@10 %.4f", state.global_step, entry["HR@10"])
-            if better:
+            if entry is self.curve[best]:
                 models.save(model, tokenizer, self.folder / "best")
             marked = [{**entry, "kept": n == best} for n, entry in enumerate(self.curve)]
             write_json(self.folder / "validation.json", marked)
@@ -387,9 +386,17 @@ class _Validator(TrainerCallback):
         return {"HR@10": hits, "NDCG@10": gains}
 
 
-def _merit(entry: dict[str, float]) -> tuple[float, float]:
-    """What the best weights have most of; NDCG@10 decides between equal hit rates."""
-    return entry["HR@10"], entry["NDCG@10"]
+def kept(hit_rates: list[float], cases: int) -> int:
+    """Which of the validated weights are the result: the latest of those that are as good as the
+    best but for chance.
+
+    The largest of several hit rates is so by luck, too, while later weights have seen more, at
+    lower learning rates. Chance is `CHANCE` of the standard error of a rate over so many cases: all
+    weights are asked the same ones, so differences err less than rates.
+    """
+    best = max(hit_rates)
+    floor = best - CHANCE * float(np.sqrt(best * (1 - best) / cases))
+    return max(n for n, rate in enumerate(hit_rates) if rate >= floor)
 
 
 class _Seal(TrainerCallback):

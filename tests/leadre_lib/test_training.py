@@ -34,7 +34,7 @@ from leadre_lib.settings import (
     SftSettings,
     TrainingSettings,
 )
-from leadre_lib.training_rank import Rows
+from leadre_lib.training_rank import Rows, kept
 
 SIZES = (4, 4, 2)
 EXAMPLES = 60
@@ -133,7 +133,8 @@ def test_sft_learns_and_leaves_a_model(trained: Path, settings: Settings) -> Non
 def test_the_best_of_the_validated_weights_are_kept(trained: Path, settings: Settings) -> None:
     curve = validations(trained)
     assert [entry["step"] for entry in curve] == [2, 4, 6, 8][: len(curve)]
-    best = max(curve, key=lambda entry: (entry["HR@10"], entry["NDCG@10"]))
+    best = curve[kept([entry["HR@10"] for entry in curve], len(cases().prompts))]
+    assert [entry["kept"] for entry in curve] == [entry is best for entry in curve]
     model, tokenizer = load(trained / "sft" / "model")
     chosen = cases()
     decoder = BeamDecoder(
@@ -146,6 +147,14 @@ def test_the_best_of_the_validated_weights_are_kept(trained: Path, settings: Set
     )
     found, _ = decoder.decode(chosen.prompts, 10)
     assert (found == chosen.target[:, None]).any(axis=1).mean() == pytest.approx(best["HR@10"])
+
+
+def test_later_weights_are_kept_unless_they_are_worse() -> None:
+    assert kept([0.1], 500) == 0
+    assert kept([0.1, 0.2, 0.15], 500) == 1
+    assert kept([0.1, 0.154, 0.148, 0.146], 500) == 3  # four cases of 500
+    assert kept([0.1, 0.154, 0.148, 0.146], 50_000) == 1
+    assert kept([0.0, 0.0], 500) == 1
 
 
 def test_a_finished_training_is_not_repeated(
