@@ -264,7 +264,9 @@ class SftSettings(TrainingSettings):
     )
     validations: PositiveInt = Field(10, description="how often validation cases are decoded")
     validation_cases: int = Field(500, ge=0, description="of them; 0: the last weights are kept")
-    patience: PositiveInt = Field(5, description="validations without a better one that end it")
+    patience: PositiveInt = Field(
+        5, description="validations after the one that is kept that end it"
+    )
 
 
 Origin = Literal["value", "dismissal", "beam"]
