@@ -4,10 +4,10 @@ What of it is preference optimization is in `preference_rank`.
 
 Differences from TRL as it comes: examples arrive as token ids in the order in which steps take
 them, those of SFT packed, with a weight each; only the positions that the loss needs are projected
-onto the vocabulary; validation is constrained decoding, and the best weights are the result; a
-checkpoint is sealed with the checksums of its files once every rank has written; the final weights
-are the optimizer's float32 ones, adapters merged into them. Knows nothing of how ranks are started
-or resumed.
+onto the vocabulary; validation is constrained decoding, which chooses the weights that are the
+result; a checkpoint is sealed with the checksums of its files once every rank has written; the
+final weights are the optimizer's float32 ones, adapters merged into them. Knows nothing of how
+ranks are started or resumed.
 """
 
 from __future__ import annotations
