@@ -10,9 +10,10 @@ those that people took after what it holds, those in it, and popular ones. Each 
 in which what is said of objects of the history is summed, each step back counting `decay` as much
 (see `signals`). The factors are a conditional logit (McFadden 1974) of what was taken: they say by
 themselves how much a model or a text is worth in a data set. Those of signals are learnt from what
-users wanted last (`learn_signals`), of whom there are many. Validation cases then say what a model
-is worth beside them: it has seen what users took. The paper's retrieval is the model alone; fusing
-it with such channels is this project's own.
+users wanted last (`learn_signals`), of whom there are many. A model has seen what users took, so
+validation cases say what it is worth; they move the factors of signals, too, the further the more
+cases there are. The paper's retrieval is the model alone; fusing it with such channels is this
+project's own.
 
 Knows nothing of prompts, of tables, or of how a model writes.
 """
@@ -38,6 +39,7 @@ Mask = npt.NDArray[np.bool_]
 
 MIN_CASES = 30  # with fewer, eight factors would be guesses
 RIDGE = 1e-3  # of the factors in standard deviations: keeps what hardly matters near 0
+PRIOR = 30.0  # as RIDGE, of the sum over cases: what cases must outweigh to move learnt factors
 OF_MODEL = ("model", "written")  # the first factors; all others are of signals
 CHUNK_CASES = 256
 POPULAR = 50
@@ -118,7 +120,8 @@ class Fusion:
             histories: object rows of each case, oldest first.
             target: the object that was taken [cases]; a case of -1 says nothing.
             unwanted: what each case must not get.
-            learnt: factors of signals, which keep their proportions; None: all are fitted.
+            learnt: factors of signals that are likely before the cases are seen, up to one factor
+                that all of them share; None: nothing is.
 
         Returns:
             None where there are fewer than `MIN_CASES` cases.
@@ -148,11 +151,12 @@ class Fusion:
         offset = np.concatenate([_padded(part, width, -np.inf) for _, part, _ in parts])
         own = np.concatenate([own for _, _, own in parts])
         del parts  # some 40 kB a case
-        ways = np.eye(len(fields(Factors)))
+        likely = None
         if learnt is not None:
-            ways = np.stack([*ways[: len(OF_MODEL)], np.array(astuple(learnt))])
-            features = features @ ways.T
-        return Factors(*map(float, _conditional_logit(features, offset, own) @ ways))
+            free = np.eye(len(fields(Factors)))[: len(OF_MODEL)]
+            ways = np.stack([*free, np.array(astuple(learnt))])
+            likely = _conditional_logit(features @ ways.T, offset, own) @ ways
+        return Factors(*map(float, _conditional_logit(features, offset, own, likely)))
 
     def rank(
         self,
@@ -351,19 +355,28 @@ def _padded(part: Floats, width: int, value: float) -> Floats:
     return np.pad(part, pad, constant_values=value)
 
 
-def _conditional_logit(features: Floats, offset: Floats, own: Rows) -> Floats:
+def _conditional_logit(
+    features: Floats, offset: Floats, own: Rows, likely: Floats | None = None
+) -> Floats:
     """Factors of the largest likelihood that `own` of each case is taken.
 
     Args:
         features: [cases, width, factors]; scaled in place.
         offset: [cases, width], of the scores; minus infinity for what is not there.
         own: place of what was taken [cases].
+        likely: factors to stay near to where the cases do not say otherwise (a normal prior);
+            None: 0, and hardly.
     """
     scale = features[np.isfinite(offset)].std(axis=0)
     scale[scale < 1e-6] = np.inf  # what is the same for all says nothing: its factor is 0
     features /= scale
     scaled, cases = features, len(own)
     taken = scaled[np.arange(cases), own].sum(axis=0)
+    told = np.isfinite(scale)
+    start, ridge = np.zeros(features.shape[-1]), RIDGE
+    if likely is not None:
+        start[told] = likely[told] * scale[told]
+        ridge += PRIOR / cases
 
     def loss(factors: Floats) -> tuple[float, Floats]:
         score = scaled @ factors + offset
@@ -372,8 +385,8 @@ def _conditional_logit(features: Floats, offset: Floats, own: Rows) -> Floats:
         share /= share.sum(axis=1, keepdims=True)
         gradient = np.tensordot(share, scaled, 2) - taken
         value = -np.log(share[np.arange(cases), own]).sum()
-        ridge = RIDGE * factors
-        return value / cases + ridge @ factors, gradient / cases + 2 * ridge
+        moved = factors - start
+        value += ridge * cases * moved @ moved
+        return value / cases, gradient / cases + 2 * ridge * moved
 
-    start = np.zeros(features.shape[-1])
     return optimize.minimize(loss, start, jac=True, method="L-BFGS-B").x / scale

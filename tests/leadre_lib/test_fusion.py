@@ -163,14 +163,22 @@ def test_signals_are_learnt_from_what_users_wanted_last(signals: Signals) -> Non
     # What stands between the end of their history and what they wanted says nothing.
     changed = replace(taken, values=np.where(place % 4 == 2, 5, taken.values))
     assert learn_signals(signals, ALL, changed, wanted, SETTINGS, 1) == learnt
-    # Cases say what a model is worth beside them, and leave their proportions alone.
+    # Cases say what a model is worth beside them.
     past = histories(rng)
     written = Written((past.values[2::3, None] + 50) % OBJECTS, np.zeros((CASES, 1)))
     fusion = Fusion(signals, ALL, SETTINGS)
     both = fusion.fit(written, past, written.objects[:, 0], None, learnt)
     assert both is not None
     assert both.written > 3
-    assert both.taken * learnt.meaning == pytest.approx(both.meaning * learnt.taken)
+    # They move the others, too, the further the more there are.
+    by_habit = (past.values[2::3] + 7) % OBJECTS
+    found = [learnt.taken]
+    for cases in (MIN_CASES, CASES):
+        target = np.where(np.arange(CASES) < cases, by_habit, -1)
+        fitted = fusion.fit(nothing(), past, target, None, learnt)
+        assert fitted is not None
+        found.append(fitted.taken)
+    assert found[0] + 1 < found[1] < found[2] - 1
     few = wanted[0][: MIN_CASES - 1], wanted[1][: MIN_CASES - 1]
     assert learn_signals(signals, ALL, taken, few, SETTINGS, 1) is None
 
