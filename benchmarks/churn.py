@@ -33,6 +33,7 @@ from jobs import index_rebuild, semantic_ids
 from jobs.curate import publish_ads
 from leadre_lib import facts
 from leadre_lib.catalogue import Catalogue, catalogue, marketing_objects
+from leadre_lib.evaluation import Histories
 from leadre_lib.generation import sid_sizes
 from leadre_lib.indexes import build_indexes
 from leadre_lib.lake import Lake
@@ -40,6 +41,7 @@ from leadre_lib.model import build_model, build_tokenizer, save, sid_tokens
 from leadre_lib.quantisers import Codebook
 from leadre_lib.release import Releases
 from leadre_lib.settings import Settings, load_settings
+from leadre_lib.signals import Taken
 from leadre_lib.sources.simulator import Simulator
 from leadre_lib.spark import session
 
@@ -125,7 +127,8 @@ def first_champion(settings: Settings) -> None:
     tokenizer = build_tokenizer(now.texts()[:1000], sid_tokens(sizes), settings.model.vocabulary)
     save(build_model(settings.model, tokenizer, settings.seed), tokenizer, work / "model")
     parts = {"codebook": book, "model": work / "model"}
-    parts |= build_indexes(now, sizes, settings, work / "indexes")
+    nobody = Taken.at_once(Histories.of([]))
+    parts |= build_indexes(now, sizes, nobody, settings, work / "indexes")
     told = {"versions": {"codebook": now.codebook}, "metrics": {}}
     releases = Releases(settings.releases)
     releases.promote(START, releases.build(START, parts, told).id, "the first")

@@ -94,7 +94,9 @@ class DictTrie:
         self, level: int, nodes: Sequence[int], logits: torch.Tensor
     ) -> tuple[torch.Tensor, list[int]]:
         """Masked scores [nodes, codes] and the children, node by node, ascending in code."""
-        counts, codes, children = [], [], []
+        counts: list[int] = []
+        codes: list[int] = []
+        children: list[int] = []
         for node in nodes:
             ways = self.nodes[level][node]
             counts.append(len(ways))

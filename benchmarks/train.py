@@ -188,7 +188,8 @@ def train_bare(folder: Path, turns: Turns) -> None:
     """The loop that one would write without trainers, in a process of its own."""
     section = SftSettings.model_validate(json.loads((folder / "run.json").read_bytes())["section"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model: Any = load(folder / "init")[0].to(device).train()
+    model: Any = load(folder / "init")[0]
+    model = model.to(device).train()
     weights = list(model.parameters())
     # As everywhere: no decay of norms and biases.
     groups = [

@@ -94,7 +94,7 @@ def _fuse(
     """
     texts, exclude = ads.texts(), settings.evaluation.exclude_seen
     meaning = EmbeddingIndex.build(embed(texts, settings.embedding, settings.cache))
-    taken, active = past.histories(), ads.active_objects
+    taken, active = past.taken(), ads.active_objects
     signals = build_signals(texts, meaning, taken, settings.fusion)
     wanted = past.last_conversions(active, settings.examples.eval_targets == "happened")
     learnt = learn_signals(

@@ -54,8 +54,8 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
             del lake.reads[lake.partition("ad_semantic_ids", ds).name]
         now = catalogue(ads, rows, next_day)
         work, sizes = settings.work(ds) / "index_rebuild", sid_sizes(codebook.sizes, settings)
-        histories = taken_before(settings, lake, now, next_day).histories()
-        parts = build_indexes(now, sizes, histories, settings, work)
+        taken = taken_before(settings, lake, now, next_day).taken()
+        parts = build_indexes(now, sizes, taken, settings, work)
         told: dict[str, object] = {}
         if (parent.folder / MOVED).exists() and parent.manifest["ds"] == str(ds):
             # The day's own refresh stays on record, and a rerun gives the same release.

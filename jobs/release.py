@@ -40,8 +40,8 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     codebook_folder = settings.codebooks / ads.codebook
     codebook = Codebook.load(codebook_folder)
     sizes = sid_sizes(codebook.sizes, settings)
-    histories = taken_before(settings, lake, ads, serving).histories()
-    parts = build_indexes(ads, sizes, histories, settings, work / "indexes")
+    taken = taken_before(settings, lake, ads, serving).taken()
+    parts = build_indexes(ads, sizes, taken, settings, work / "indexes")
     releases = Releases(settings.releases)
     release = releases.build(
         ds,

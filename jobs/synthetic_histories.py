@@ -26,7 +26,7 @@ from leadre_lib.spark import session
 from leadre_lib.synthetic import Synthetic, synthetic_histories
 
 
-def _rows(made: Synthetic, ads: Catalogue) -> pa.Table:
+def synthetic_rows(made: Synthetic, ads: Catalogue) -> pa.Table:
     """Rows of the contract `synthetic_histories`."""
     before, after = made.histories, made.nexts
     case = np.concatenate([before.cases, after.cases])
@@ -55,14 +55,14 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
             texts,
             EmbeddingIndex.build(embed(texts, settings.embedding, settings.cache)),
             ads.active_objects,
-            past.histories(),
+            past.taken(),
             past.last_conversions(ads.active_objects, settings.examples.eval_targets == "happened"),
             settings.examples,
             settings.fusion,
             settings.seed + ds.toordinal(),
             repeat=not settings.evaluation.exclude_seen,
         )
-        rows = _rows(made, ads)
+        rows = synthetic_rows(made, ads)
     with session(settings) as spark:
         publish(spark, settings, lake, "synthetic_histories", ds, rows)
     print(f"{pc.count_distinct(rows['history_id']).as_py()} synthetic histories")

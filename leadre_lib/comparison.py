@@ -28,6 +28,7 @@ from leadre_lib.fusion import Factors, Fusion, Written
 from leadre_lib.generation import decode_distinct
 from leadre_lib.sasrec import sasrec
 from leadre_lib.settings import EvaluationSettings, SasrecSettings
+from leadre_lib.signals import Taken
 
 GATE = "HR@10"
 TOP = 10
@@ -91,6 +92,11 @@ class Interactions:
         counts = np.bincount(self.users[steps])
         offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         return Histories(offsets, self.rows[steps])
+
+    def taken(self) -> Taken:
+        """The steps of each user, and when they began."""
+        times = self.times[~self.again]
+        return Taken(self.histories(), (times.max(initial=0) - times) / DAY)
 
     def last_conversions(self, active: np.ndarray, by_day: bool) -> tuple[np.ndarray, np.ndarray]:
         """Of each user the last conversion that asks for what a case of the evaluation asks for: an

@@ -29,7 +29,7 @@ from scipy import optimize, sparse
 
 from leadre_lib.evaluation import Histories, first_of_their_kind, within_groups
 from leadre_lib.settings import FusionSettings
-from leadre_lib.signals import Signals
+from leadre_lib.signals import Signals, Taken
 
 log = logging.getLogger(__name__)
 
@@ -259,7 +259,7 @@ class Fusion:
 def learn_signals(
     signals: Signals,
     active: Mask,
-    taken: Histories,
+    taken: Taken,
     wanted: tuple[Rows, Rows],
     settings: FusionSettings,
     seed: int,
@@ -273,10 +273,10 @@ def learn_signals(
     Args:
         signals: of the catalogue; whatever they were counted on.
         active: bool [objects], what may be ranked.
-        taken: of each user the object rows that they took, oldest first.
-        wanted: places in the values of `taken`, int64 [cases] both: what is to be foretold, at most
-            one a user, and before which place the history ends that foretells it, which may hold
-            the same object, too.
+        taken: by users.
+        wanted: places in the values of its histories, int64 [cases] both: what is to be foretold,
+            at most one a user, and before which place the history ends that foretells it, which may
+            hold the same object, too.
         seed: of the choice of cases, where there are many.
         repeat: whether a user may take an object again.
 
@@ -286,14 +286,15 @@ def learn_signals(
     at, ends = wanted
     if len(at) < MIN_CASES:
         return None
-    until = taken.offsets[1:].copy()
-    until[taken.cases[at]] = ends
-    earlier = taken.kept(np.arange(len(taken.values)) < until[taken.cases])
+    histories = taken.histories
+    until = histories.offsets[1:].copy()
+    until[histories.cases[at]] = ends
+    earlier = taken.kept(np.arange(len(histories.values)) < until[histories.cases])
     counted = signals.recounted(earlier, settings)
     some = np.sort(np.random.default_rng(seed).permutation(len(at))[:LEARNT_CASES])
-    before = taken.before(at[some], settings.steps, ends[some])
+    before = histories.before(at[some], settings.steps, ends[some])
     unwanted = None if repeat else before
-    own = taken.values[at[some]]
+    own = histories.values[at[some]]
     return Fusion(counted, active, settings).fit(nothing_written(len(own)), before, own, unwanted)
 
 

@@ -21,14 +21,13 @@ from leadre_lib.catalogue import Catalogue, Rows
 from leadre_lib.constraint_index import ConstraintIndex
 from leadre_lib.embeddings import embed
 from leadre_lib.errors import LeadreError
-from leadre_lib.evaluation import Histories
 from leadre_lib.model import load_tokenizer, sid_token_ids
 from leadre_lib.quantisers import Codebook
 from leadre_lib.release import Release, ReleaseError
 from leadre_lib.retrieval import MIN_RECALL, EmbeddingIndex
 from leadre_lib.semantic_ids import code_lists, codes_of, format_sid
 from leadre_lib.settings import Settings
-from leadre_lib.signals import Signals, build_signals
+from leadre_lib.signals import Signals, Taken, build_signals
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +42,7 @@ MOVED = "semantic_ids/moved.parquet"
 def build_indexes(
     catalogue: Catalogue,
     sizes: Sequence[int],
-    histories: Histories,
+    taken: Taken,
     settings: Settings,
     folder: Path,
 ) -> dict[str, Path]:
@@ -56,7 +55,7 @@ def build_indexes(
     Args:
         catalogue: all objects; those without an active ad keep their row, but cannot be decoded.
         sizes: codes of each level, the last token's among them.
-        histories: of each user the object rows that they took, oldest first.
+        taken: by users; signals are counted on it.
         folder: scratch; its files are overwritten.
 
     Returns:
@@ -77,7 +76,7 @@ def build_indexes(
     neighbours = EmbeddingIndex.build(embed(texts, settings.embedding, settings.cache))
     neighbours.save(parts[NEIGHBOURS])
     if SIGNALS in parts:
-        build_signals(texts, neighbours, histories, settings.fusion).save(parts[SIGNALS])
+        build_signals(texts, neighbours, taken, settings.fusion).save(parts[SIGNALS])
     return parts
 
 

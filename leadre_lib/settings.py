@@ -85,6 +85,9 @@ class FusionSettings(Section):
     steps: PositiveInt = Field(10, description="of a history that count, and between two objects")
     near: PositiveInt = Field(200, description="objects that each signal brings into a list")
     words: int = Field(256, ge=0, description="dimensions of the words' vectors; 0: none")
+    half_life_days: float = Field(
+        2.0, gt=0, description="a user who took an object so long ago is half a taker of it"
+    )
 
 
 class PromptSettings(Section):

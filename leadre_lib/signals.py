@@ -6,7 +6,7 @@ it, what people take after them, and how many take them.
   analysis, Deerwester et al. 1990). They tell a brand or a size that an encoder passes over;
 - after: of what was taken within some steps of an object, the share of another one; nearer steps
   count more, and those before it half as much (item-to-item retrieval, Linden et al. 2003);
-- takers: how many users took an object.
+- takers: how many users took an object, each the less the longer ago.
 
 Knows nothing of prompts, of models, or of what each of them is worth (see `fusion`).
 """
@@ -30,12 +30,35 @@ from leadre_lib.settings import FusionSettings
 
 Rows = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
 Vectors = npt.NDArray[np.float32]
 
 BACKWARDS = 0.5
 UNSURE = 3.0  # steps that an object has beside those seen: few say little
 NGRAMS = (3, 5)
 MAX_TERMS = 1 << 18  # the most frequent n-grams; a larger catalogue has no more
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What users took.
+
+    Attributes:
+        histories: of each user the object rows, oldest first.
+        ages: float64 [values of the histories], days before the newest of all.
+    """
+
+    histories: Histories
+    ages: Floats
+
+    @classmethod
+    def at_once(cls, histories: Histories) -> Taken:
+        """All on one day."""
+        return cls(histories, np.zeros(len(histories.values)))
+
+    def kept(self, values: Mask) -> Taken:
+        """All users, with those of their values that a mask chooses [values]."""
+        return Taken(self.histories.kept(values), self.ages[values])
 
 
 @dataclass(frozen=True)
@@ -48,7 +71,7 @@ class Signals:
         words: float32 [objects, dimensions], rows of length 1, or of 0 where nothing is known.
         after: float64 [objects, objects], from which object to which: the root of the share, of
             the `near` largest.
-        takers: float64 [objects].
+        takers: float64 [objects]; a user who took it a half-life ago is half of one.
     """
 
     meaning: EmbeddingIndex
@@ -62,9 +85,9 @@ class Signals:
         """How many there are."""
         return len(self.takers)
 
-    def recounted(self, histories: Histories, settings: FusionSettings) -> Signals:
+    def recounted(self, taken: Taken, settings: FusionSettings) -> Signals:
         """These signals, as if users had taken other objects."""
-        after, takers = _counted(histories, self.objects, settings)
+        after, takers = _counted(taken, self.objects, settings)
         return replace(self, after=after, takers=takers)
 
     def save(self, path: Path) -> None:
@@ -124,18 +147,18 @@ class Signals:
 
 
 def build_signals(
-    texts: Sequence[str], meaning: EmbeddingIndex, histories: Histories, settings: FusionSettings
+    texts: Sequence[str], meaning: EmbeddingIndex, taken: Taken, settings: FusionSettings
 ) -> Signals:
     """The signals of objects.
 
     Args:
         texts: of each object [objects].
         meaning: index of their embeddings, in the same order.
-        histories: of each user the object rows that they took, oldest first.
-        settings: `words`, `decay`, `steps` and `near`.
+        taken: by users, whatever they may be asked about.
+        settings: `words`, `decay`, `steps`, `near` and `half_life_days`.
     """
     objects = len(texts)
-    after, takers = _counted(histories, objects, settings)
+    after, takers = _counted(taken, objects, settings)
     words = word_vectors(texts, settings.words)
     return Signals(meaning, np.arange(objects), words, after, takers)
 
@@ -175,13 +198,16 @@ def word_vectors(texts: Sequence[str], dimensions: int) -> Vectors:
 
 
 def _counted(
-    histories: Histories, objects: int, settings: FusionSettings
+    taken: Taken, objects: int, settings: FusionSettings
 ) -> tuple[sparse.csr_array, Floats]:
-    """What histories say: `after` and `takers`."""
-    # A user who takes an object twice is one who took it.
-    once = np.unique(histories.cases * objects + histories.values)
-    takers = np.bincount(once % objects, minlength=objects).astype(np.float64)
-    return _after(histories, objects, settings), takers
+    """What users say by what they took: `after` and `takers`."""
+    histories = taken.histories
+    # A user who takes an object twice is one who took it, the second time.
+    backwards = (histories.cases * objects + histories.values)[::-1]
+    once, at = np.unique(backwards, return_index=True)
+    counts = 0.5 ** (taken.ages[::-1][at] / settings.half_life_days)
+    takers = np.bincount(once % objects, weights=counts, minlength=objects)
+    return _after(histories, objects, settings), takers.astype(np.float64)
 
 
 def _after(histories: Histories, objects: int, settings: FusionSettings) -> sparse.csr_array:

@@ -23,7 +23,7 @@ from leadre_lib.evaluation import Histories
 from leadre_lib.fusion import Factors, Fusion, learn_signals, nothing_written
 from leadre_lib.retrieval import EmbeddingIndex
 from leadre_lib.settings import ExampleSettings, FusionSettings
-from leadre_lib.signals import build_signals
+from leadre_lib.signals import Taken, build_signals
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def synthetic_histories(
     texts: list[str],
     meaning: EmbeddingIndex,
     active: Mask,
-    taken: Histories,
+    taken: Taken,
     wanted: tuple[Rows, Rows],
     examples: ExampleSettings,
     fusion: FusionSettings,
@@ -70,7 +70,7 @@ def synthetic_histories(
         texts: of each object [objects].
         meaning: index of their embeddings, in the same order.
         active: bool [objects], what may occur.
-        taken: of each user the object rows that they took, oldest first.
+        taken: by users.
         wanted: as `fusion.learn_signals` takes it: such as is to come next.
         examples: `synthetic_per_ad` histories an active object, at most `max_synthetic_histories`,
             of at most `synthetic_steps` steps, each drawn from among `synthetic_neighbours` of each
@@ -91,7 +91,7 @@ def synthetic_histories(
     factors = learnt or BY_MEANING
     log.info("factors %s%s", factors.as_dict(), "" if learnt else ", as too few converted")
     teacher = Teacher(Fusion(signals, active, narrow), factors, repeat)
-    real = prefixes(taken, active, count // 2, examples.synthetic_steps, rng)
+    real = prefixes(taken.histories, active, count // 2, examples.synthetic_steps, rng)
     starts = np.resize(rng.permutation(rows), count - len(real))
     single = Histories(np.arange(len(starts) + 1), starts)
     walked = teacher.walk(single, rng.integers(0, examples.synthetic_steps, len(starts)), rng)

@@ -107,7 +107,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = build_tokenizer(now.texts(), sid_tokens(sizes), settings.model.vocabulary)
     model = build_model(settings.model, tokenizer, 1)
     save(model, tokenizer, settings.work(DAY0) / "model")
-    taken = taken_before(settings, Lake(settings.lake), now, DAY0).histories()
+    taken = taken_before(settings, Lake(settings.lake), now, DAY0).taken()
     parts = build_indexes(now, sizes, taken, settings, settings.work(DAY0) / "indexes")
     parts |= {"codebook": settings.codebooks / now.codebook, "model": settings.work(DAY0) / "model"}
     told = {"versions": {"codebook": now.codebook, "template": "en-1"}, "metrics": {}}

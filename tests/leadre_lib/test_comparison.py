@@ -23,7 +23,7 @@ from leadre_lib.evaluation import WEIGHTED_HR, Histories
 from leadre_lib.fusion import Fusion, Written
 from leadre_lib.retrieval import EmbeddingIndex
 from leadre_lib.settings import EvaluationSettings, FusionSettings, SasrecSettings
-from leadre_lib.signals import build_signals
+from leadre_lib.signals import Taken, build_signals
 from tests.worlds import ADS, DAY0, DAY1, at, rows
 
 RULES = EvaluationSettings(tolerance=0.02, min_value_gain=0.05, max_hit_loss=0.01)
@@ -194,9 +194,10 @@ def test_the_steps_of_histories_pass_over_a_click_that_was_converted_on() -> Non
         ("u1", "click", "a1"),
         ("u2", "conversion", "a3"),
     ]
-    found = interactions(past(events), small()).histories()
-    assert found.offsets.tolist() == [0, 2, 3]
-    assert found.values.tolist() == [1, 0, 2]
+    taken = interactions(past(events, [0, 1, 24, 48]), small()).taken()
+    assert taken.histories.offsets.tolist() == [0, 2, 3]
+    assert taken.histories.values.tolist() == [1, 0, 2]
+    assert taken.ages.tolist() == [2, 1, 0]
 
 
 def last(
@@ -252,7 +253,10 @@ def test_what_is_measured_of_fusion_owes_nothing_to_the_case_itself() -> None:
     meaning = EmbeddingIndex.build(np.eye(objects, dtype=np.float32))
     settings = FusionSettings(near=objects)
     signals = build_signals(
-        [f"text {n}" for n in range(objects)], meaning, Histories.of([[0, 1]]), settings
+        [f"text {n}" for n in range(objects)],
+        meaning,
+        Taken.at_once(Histories.of([[0, 1]])),
+        settings,
     )
     fusion = Fusion(signals, np.ones(objects, bool), settings)
     found = fit_fusion(fusion, None, written, told, False)

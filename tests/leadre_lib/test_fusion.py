@@ -20,7 +20,7 @@ from leadre_lib.fusion import (
 )
 from leadre_lib.retrieval import EmbeddingIndex
 from leadre_lib.settings import FusionSettings
-from leadre_lib.signals import Signals, build_signals
+from leadre_lib.signals import Signals, Taken, build_signals
 
 OBJECTS, FAMILIES, CASES = 120, 12, 400
 SETTINGS = FusionSettings(near=20, words=8)
@@ -37,7 +37,7 @@ def signals() -> Signals:
     texts = [f"family {'abcdefghijkl'[n % FAMILIES] * 5}" for n in range(OBJECTS)]
     starts = rng.integers(0, OBJECTS, 600)
     walked = Histories.of([[s, (s + 7) % OBJECTS, (s + 14) % OBJECTS] for s in starts])
-    return build_signals(texts, EmbeddingIndex.build(vectors), walked, SETTINGS)
+    return build_signals(texts, EmbeddingIndex.build(vectors), Taken.at_once(walked), SETTINGS)
 
 
 def nothing(cases: int = CASES) -> Written:
@@ -155,14 +155,14 @@ def test_signals_are_learnt_from_what_users_wanted_last(signals: Signals) -> Non
     taken = Histories.of([np.array(walk) % OBJECTS for walk in walks])
     place = np.arange(len(taken.values))
     wanted = np.flatnonzero(place % 4 == 3), np.flatnonzero(place % 4 == 2)
-    learnt = learn_signals(signals, ALL, taken, wanted, SETTINGS, 1)
+    learnt = learn_signals(signals, ALL, Taken.at_once(taken), wanted, SETTINGS, 1)
     assert learnt is not None
     assert (learnt.model, learnt.written) == (0.0, 0.0)
     assert learnt.meaning + learnt.words > 10 > 3 > learnt.taken
-    assert learn_signals(signals, ALL, taken, wanted, SETTINGS, 1) == learnt
+    assert learn_signals(signals, ALL, Taken.at_once(taken), wanted, SETTINGS, 1) == learnt
     # What stands between the end of their history and what they wanted says nothing.
     changed = replace(taken, values=np.where(place % 4 == 2, 5, taken.values))
-    assert learn_signals(signals, ALL, changed, wanted, SETTINGS, 1) == learnt
+    assert learn_signals(signals, ALL, Taken.at_once(changed), wanted, SETTINGS, 1) == learnt
     # Cases say what a model is worth beside them.
     past = histories(rng)
     written = Written((past.values[2::3, None] + 50) % OBJECTS, np.zeros((CASES, 1)))
@@ -180,7 +180,7 @@ def test_signals_are_learnt_from_what_users_wanted_last(signals: Signals) -> Non
         found.append(fitted.taken)
     assert found[0] + 1 < found[1] < found[2] - 1
     few = wanted[0][: MIN_CASES - 1], wanted[1][: MIN_CASES - 1]
-    assert learn_signals(signals, ALL, taken, few, SETTINGS, 1) is None
+    assert learn_signals(signals, ALL, Taken.at_once(taken), few, SETTINGS, 1) is None
 
 
 def test_what_is_the_same_for_all_counts_nothing(signals: Signals) -> None:
@@ -205,3 +205,30 @@ def test_a_history_that_means_nothing_has_nothing_near_to_it(signals: Signals) -
         Factors(meaning=1.0), nothing(1), Histories.of([[100]]), OBJECTS
     )
     assert some[found[0][found[0] >= 0]].sum() <= 6  # itself, and what was taken after it
+
+
+def test_of_many_users_some_are_asked(signals: Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(8)
+    starts = rng.integers(0, OBJECTS, 300)
+    walks = [[s, (s + 7) % OBJECTS, (s + 14) % OBJECTS] for s in starts]
+    taken = Taken.at_once(Histories.of(walks))
+    last = taken.histories.offsets[1:] - 1
+    whole = learn_signals(signals, ALL, taken, (last, last), SETTINGS, 1)
+    monkeypatch.setattr("leadre_lib.fusion.LEARNT_CASES", 60)
+    first, again, other = (
+        learn_signals(signals, ALL, taken, (last, last), SETTINGS, seed) for seed in (1, 1, 2)
+    )
+    assert first == again != other
+    assert first is not None
+    assert first != whole
+    assert first.taken > 3
+
+
+def test_who_takes_nothing_twice_learns_nothing_from_who_does(signals: Signals) -> None:
+    starts = np.random.default_rng(9).integers(0, OBJECTS, 100)
+    taken = Taken.at_once(Histories.of([[s, (s + 7) % OBJECTS, s] for s in starts]))
+    last = taken.histories.offsets[1:] - 1
+    again = learn_signals(signals, ALL, taken, (last, last), SETTINGS, 1)
+    assert again is not None
+    assert again.seen > 1
+    assert learn_signals(signals, ALL, taken, (last, last), SETTINGS, 1, repeat=False) is None

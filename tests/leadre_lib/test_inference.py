@@ -41,7 +41,7 @@ from leadre_lib.settings import (
     Settings,
     load_settings,
 )
-from leadre_lib.signals import build_signals
+from leadre_lib.signals import Taken, build_signals
 from tests.worlds import DAY0, DAY1, ad, rows
 
 SIZES = [4, 4]
@@ -247,7 +247,7 @@ def test_what_is_fused_says_whether_the_model_wrote_it(
     # Whoever bought the shoes, object a1, goes on to the tent, which sells as a6.
     walked = Histories.of([ads.object_rows(pa.array(["a1", "a6"])).tolist()] * 5)
     meaning = EmbeddingIndex.build(VECTORS)
-    signals = build_signals(ads.texts(), meaning, walked, FusionSettings())
+    signals = build_signals(ads.texts(), meaning, Taken.at_once(walked), FusionSettings())
     fusion = Fusion(signals, ads.active_objects, FusionSettings())
     asked = replace(retriever, fusion=(fusion, Factors(taken=9.0)))
     asked.decoder.set_active(ads.object_ids.to_numpy(False) == ads.object_ids[0].as_py())

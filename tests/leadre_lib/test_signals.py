@@ -12,7 +12,7 @@ from leadre_lib.errors import LeadreError
 from leadre_lib.evaluation import Histories
 from leadre_lib.retrieval import EmbeddingIndex
 from leadre_lib.settings import FusionSettings
-from leadre_lib.signals import Signals, build_signals, word_vectors
+from leadre_lib.signals import Signals, Taken, build_signals, word_vectors
 
 SETTINGS = FusionSettings(words=4, decay=0.5, steps=2)
 TEXTS = [
@@ -24,13 +24,18 @@ TEXTS = [
 ]
 
 
+def taken(histories: list[list[int]], ages: list[float] | None = None) -> Taken:
+    whole = Taken.at_once(Histories.of(histories))
+    return whole if ages is None else Taken(whole.histories, np.array(ages))
+
+
 @pytest.fixture(scope="module")
 def meaning() -> EmbeddingIndex:
     return EmbeddingIndex.build(np.eye(5, 8, dtype=np.float32))
 
 
 def test_shares_count_near_steps_and_what_follows_more(meaning: EmbeddingIndex) -> None:
-    found = build_signals(TEXTS, meaning, Histories.of([[0, 1, 3], [0, 1, 0]]), SETTINGS)
+    found = build_signals(TEXTS, meaning, taken([[0, 1, 3], [0, 1, 0]]), SETTINGS)
     assert found.takers.tolist() == [2, 2, 0, 1, 0]  # the second user took 0 twice
     # 0 → 1 twice next, and before it once; 0 → 3 two steps on. 0 → 0 does not count.
     to_one, to_three = 2 + 0.5, 0.5
@@ -40,6 +45,16 @@ def test_shares_count_near_steps_and_what_follows_more(meaning: EmbeddingIndex) 
     assert found.after.toarray()[0] == pytest.approx(expected)
     # 3 came last: what was before it counts half as much.
     assert found.after.toarray()[3, [0, 1]] ** 2 == pytest.approx([0.25 / 3.75, 0.5 / 3.75])
+
+
+def test_whoever_took_it_long_ago_is_less_of_a_taker(meaning: EmbeddingIndex) -> None:
+    half = SETTINGS.half_life_days
+    # The first user came back to 0 after it was two half-lives old.
+    found = build_signals(
+        TEXTS, meaning, taken([[0, 1, 0], [1]], [2 * half, half, 0, half]), SETTINGS
+    )
+    assert found.takers.tolist() == [1, 1, 0, 0, 0]
+    assert found.recounted(taken([[1]], [half]), SETTINGS).takers.tolist() == [0, 0.5, 0, 0, 0]
 
 
 def test_words_tell_brands_and_kinds() -> None:
@@ -57,7 +72,7 @@ def test_words_tell_brands_and_kinds() -> None:
 def test_what_was_saved_is_read_and_damage_is_named(
     meaning: EmbeddingIndex, tmp_path: Path
 ) -> None:
-    made = build_signals(TEXTS, meaning, Histories.of([[0, 1, 3]]), SETTINGS)
+    made = build_signals(TEXTS, meaning, taken([[0, 1, 3]]), SETTINGS)
     path = tmp_path / "signals.safetensors"
     made.save(path)
     read = Signals.load(path, meaning)
@@ -72,7 +87,7 @@ def test_what_was_saved_is_read_and_damage_is_named(
 
 
 def test_another_catalogue_reads_them_in_its_own_rows(meaning: EmbeddingIndex) -> None:
-    made = build_signals(TEXTS, meaning, Histories.of([[0, 1, 3]]), SETTINGS)
+    made = build_signals(TEXTS, meaning, taken([[0, 1, 3]]), SETTINGS)
     # Object 2 is gone, two new ones stand first, and the others have moved up behind them.
     rows = np.array([2, 3, -1, 4, 5])
     other = made.of(rows, 6)
@@ -96,6 +111,6 @@ def test_words_do_not_depend_on_the_threads() -> None:
 
 
 def test_of_what_follows_the_strongest_are_kept(meaning: EmbeddingIndex) -> None:
-    walked = Histories.of([[0, 1], [0, 1], [0, 2], [0, 3], [0, 3], [0, 3]])
+    walked = taken([[0, 1], [0, 1], [0, 2], [0, 3], [0, 3], [0, 3]])
     few = build_signals(TEXTS, meaning, walked, FusionSettings(words=0, near=2))
     assert np.flatnonzero(few.after.toarray()[0]).tolist() == [1, 3]

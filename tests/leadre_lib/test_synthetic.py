@@ -9,7 +9,7 @@ from leadre_lib.evaluation import Histories
 from leadre_lib.fusion import Factors, Fusion, learn_signals, nothing_written
 from leadre_lib.retrieval import EmbeddingIndex
 from leadre_lib.settings import ExampleSettings, FusionSettings
-from leadre_lib.signals import build_signals
+from leadre_lib.signals import Taken, build_signals
 from leadre_lib.synthetic import AMONG, Synthetic, Teacher, prefixes, synthetic_histories
 
 RNG = np.random.default_rng(0)
@@ -50,7 +50,7 @@ def made(
 ) -> Synthetic:
     wanted = last_steps(taken)
     return synthetic_histories(
-        TEXTS, meaning, active, taken, wanted, examples, FUSION, seed, repeat
+        TEXTS, meaning, active, Taken.at_once(taken), wanted, examples, FUSION, seed, repeat
     )
 
 
@@ -71,19 +71,19 @@ def test_without_users_they_stay_among_what_means_alike(meaning: EmbeddingIndex)
 
 
 def test_they_learn_from_users_what_counts(meaning: EmbeddingIndex) -> None:
-    signals = build_signals(TEXTS, meaning, habit(), FUSION)
-    factors = learn_signals(signals, ALL, habit(), last_steps(habit()), FUSION, 1)
+    signals = build_signals(TEXTS, meaning, Taken.at_once(habit()), FUSION)
+    factors = learn_signals(signals, ALL, Taken.at_once(habit()), last_steps(habit()), FUSION, 1)
     assert factors is not None
     assert factors.taken > 3
     before, after = steps(made(meaning, habit()))
     assert ((before + 17) % OBJECTS == after).mean() > 0.5
-    assert learn_signals(signals, ALL, NOBODY, last_steps(NOBODY), FUSION, 1) is None
+    assert learn_signals(signals, ALL, Taken.at_once(NOBODY), last_steps(NOBODY), FUSION, 1) is None
 
 
 def test_what_comes_next_is_drawn_as_often_as_its_probability_says(
     meaning: EmbeddingIndex,
 ) -> None:
-    signals = build_signals(TEXTS, meaning, habit(), FUSION)
+    signals = build_signals(TEXTS, meaning, Taken.at_once(habit()), FUSION)
     fusion, factors = Fusion(signals, ALL, FUSION), Factors(meaning=8.0, taken=12.0)
     begun = Histories.of([[n, (n + 5) % OBJECTS] for n in range(OBJECTS)])
     found = Teacher(fusion, factors, True).nexts(begun, 8, np.random.default_rng(1))
