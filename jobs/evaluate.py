@@ -164,6 +164,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
         chosen = {split: lists[split][challenger] for split in splits}
         fused = _fuse(settings, ads, past, splits, chosen)
     verdict["fusion"] = fused and fused[0].as_dict()
+    verdict["fusion_settings"] = fused and settings.fusion.model_dump()
     titles = embed(ads.objects["title"].to_pylist(), settings.embedding, settings.cache)
     baselines = comparison.baseline_scorers(past, titles, settings.sasrec, settings.seed)
     rows = []

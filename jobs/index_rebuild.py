@@ -55,7 +55,8 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
         now = catalogue(ads, rows, next_day)
         work, sizes = settings.work(ds) / "index_rebuild", sid_sizes(codebook.sizes, settings)
         taken = taken_before(settings, lake, now, next_day).taken()
-        parts = build_indexes(now, sizes, taken, settings, work)
+        as_fitted = settings.with_fusion_of(parent.manifest.get("fusion_settings"))
+        parts = build_indexes(now, sizes, taken, as_fitted, work)
         told: dict[str, object] = {}
         if (parent.folder / MOVED).exists() and parent.manifest["ds"] == str(ds):
             # The day's own refresh stays on record, and a rerun gives the same release.
@@ -77,6 +78,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
                 },
                 "metrics": parent.manifest["metrics"],
                 "fusion": parent.manifest.get("fusion"),
+                "fusion_settings": parent.manifest.get("fusion_settings"),
                 "refresh": told,
                 "inputs": dict(sorted(lake.reads.items())),
             },

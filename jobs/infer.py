@@ -76,9 +76,10 @@ def _retriever(
     if inference.fill:
         filler = candidates.Filler(ads, near, rows, groups, decoding.max_per_group)
     signals = open_signals(release, ads, near, rows)
-    if settings.fusion.enabled and signals is not None and release.manifest.get("fusion"):
+    fusion = settings.with_fusion_of(release.manifest.get("fusion_settings")).fusion
+    if fusion.enabled and signals is not None and release.manifest.get("fusion"):
         fused = (
-            Fusion(signals, ads.active_objects, settings.fusion, groups, decoding.max_per_group),
+            Fusion(signals, ads.active_objects, fusion, groups, decoding.max_per_group),
             Factors(**release.manifest["fusion"]),
         )
     torch.set_num_threads(inference.threads)

@@ -41,7 +41,8 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     codebook = Codebook.load(codebook_folder)
     sizes = sid_sizes(codebook.sizes, settings)
     taken = taken_before(settings, lake, ads, serving).taken()
-    parts = build_indexes(ads, sizes, taken, settings, work / "indexes")
+    as_fitted = settings.with_fusion_of(verdict.get("fusion_settings"))
+    parts = build_indexes(ads, sizes, taken, as_fitted, work / "indexes")
     releases = Releases(settings.releases)
     release = releases.build(
         ds,
@@ -57,6 +58,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
             },
             "metrics": verdict["valid"],
             "fusion": verdict.get("fusion"),
+            "fusion_settings": verdict.get("fusion_settings"),
             "inputs": dict(sorted(lake.reads.items())),
         },
     )

@@ -26,6 +26,7 @@ from dataclasses import asdict, astuple, dataclass, fields
 import numpy as np
 import numpy.typing as npt
 from scipy import optimize, sparse
+from threadpoolctl import threadpool_limits
 
 from leadre_lib.evaluation import Histories, first_of_their_kind, within_groups
 from leadre_lib.settings import FusionSettings
@@ -39,7 +40,7 @@ Mask = npt.NDArray[np.bool_]
 
 MIN_CASES = 30  # with fewer, eight factors would be guesses
 RIDGE = 1e-3  # of the factors in standard deviations: keeps what hardly matters near 0
-PRIOR = 30.0  # as RIDGE, of the sum over cases: what cases must outweigh to move learnt factors
+PRIOR = 30.0  # as RIDGE, but of the sum over cases: what they must outweigh to move learnt factors
 OF_MODEL = ("model", "written")  # the first factors; all others are of signals
 CHUNK_CASES = 256
 POPULAR = 50
@@ -267,8 +268,9 @@ def learn_signals(
 ) -> Factors | None:
     """What each signal is worth, by what users wanted last.
 
-    Of each user it is to be foretold from what came before it, and that alone is counted: as a
-    day's cases follow what is counted, which holds their own users' past.
+    Of each user it is to be foretold from what came before it, and of what the user took that alone
+    is counted: as a day's cases follow what is counted, which holds their own users' past. What
+    others took later is counted, too, so what signals are worth is rather told too high than low.
 
     Args:
         signals: of the catalogue; whatever they were counted on.
@@ -365,19 +367,18 @@ def _conditional_logit(
         features: [cases, width, factors]; scaled in place.
         offset: [cases, width], of the scores; minus infinity for what is not there.
         own: place of what was taken [cases].
-        likely: factors to stay near to where the cases do not say otherwise (a normal prior);
-            None: 0, and hardly.
+        likely: factors to stay near to where the cases do not say otherwise (a normal prior on
+            those of signals, hardly any on those of a model); None: near to 0, and hardly.
     """
     scale = features[np.isfinite(offset)].std(axis=0)
     scale[scale < 1e-6] = np.inf  # what is the same for all says nothing: its factor is 0
     features /= scale
     scaled, cases = features, len(own)
     taken = scaled[np.arange(cases), own].sum(axis=0)
-    told = np.isfinite(scale)
-    start, ridge = np.zeros(features.shape[-1]), RIDGE
+    start, ridge = np.zeros(len(scale)), np.full(len(scale), RIDGE)
     if likely is not None:
-        start[told] = likely[told] * scale[told]
-        ridge += PRIOR / cases
+        start = likely * np.where(np.isfinite(scale), scale, 0.0)
+        ridge[len(OF_MODEL) :] += PRIOR / cases
 
     def loss(factors: Floats) -> tuple[float, Floats]:
         score = scaled @ factors + offset
@@ -386,8 +387,8 @@ def _conditional_logit(
         share /= share.sum(axis=1, keepdims=True)
         gradient = np.tensordot(share, scaled, 2) - taken
         value = -np.log(share[np.arange(cases), own]).sum()
-        moved = factors - start
-        value += ridge * cases * moved @ moved
-        return value / cases, gradient / cases + 2 * ridge * moved
+        pull = ridge * (factors - start)
+        return value / cases + pull @ (factors - start), gradient / cases + 2 * pull
 
-    return optimize.minimize(loss, start, jac=True, method="L-BFGS-B").x / scale
+    with threadpool_limits(1):  # how sums are rounded depends on the threads
+        return optimize.minimize(loss, start, jac=True, method="L-BFGS-B").x / scale

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import datetime as dt
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -472,6 +473,13 @@ class Settings(BaseSettings):
     def reports(self, ds: dt.date) -> Path:
         """Folder of one day's report."""
         return self.state / "reports" / ds.isoformat()
+
+    def with_fusion_of(self, told: Mapping[str, Any] | None) -> Settings:
+        """These settings, with those of the fusion that some factors were fitted with: they mean
+        nothing under others. `enabled` stays; None: all stay.
+        """
+        kept = {name: value for name, value in (told or {}).items() if name != "enabled"}
+        return self.model_copy(update={"fusion": self.fusion.model_copy(update=kept)})
 
     @classmethod
     def settings_customise_sources(

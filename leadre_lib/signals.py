@@ -58,7 +58,8 @@ class Taken:
 
     def kept(self, values: Mask) -> Taken:
         """All users, with those of their values that a mask chooses [values]."""
-        return Taken(self.histories.kept(values), self.ages[values])
+        ages = self.ages[values]
+        return Taken(self.histories.kept(values), ages - ages.min() if len(ages) else ages)
 
 
 @dataclass(frozen=True)

@@ -40,13 +40,15 @@ from leadre_lib.indexes import (
     build_indexes,
     check_indexes,
     open_constraint,
+    open_neighbours,
+    open_signals,
 )
 from leadre_lib.lake import Lake
 from leadre_lib.model import build_model, build_tokenizer, load, save, sid_tokens
 from leadre_lib.quantisers import Codebook
 from leadre_lib.release import Release, ReleaseError, Releases
-from leadre_lib.settings import REPOSITORY, Settings, load_settings
-from tests.worlds import DAY0, ad, land, rows
+from leadre_lib.settings import REPOSITORY, FusionSettings, Settings, load_settings
+from tests.worlds import DAY0, ad, at, land, rows
 
 THINGS = ("shoes", "socks", "racket", "helmet", "tent", "pan", "knife", "kettle", "lamp", "rug")
 COLOURS = ("red", "blue", "green", "black", "white")
@@ -112,6 +114,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     parts |= {"codebook": settings.codebooks / now.codebook, "model": settings.work(DAY0) / "model"}
     told = {"versions": {"codebook": now.codebook, "template": "en-1"}, "metrics": {}}
     told["fusion"] = {"model": 1.0}
+    told["fusion_settings"] = FusionSettings(half_life_days=0.5).model_dump()
     releases = Releases(settings.releases)
     releases.promote(DAY0, releases.build(DAY0, parts, told).id, "made by hand")
     return home
@@ -237,6 +240,41 @@ def test_a_day_that_is_run_again_takes_its_refresh_back(settings: Settings) -> N
     assert now_of(settings).codebook == parent.codebook
     assert champion(settings).id == parent.id
     promote.run(argparse.Namespace(ds=DAY0, release=parent.id), settings)
+
+
+def test_signals_are_counted_anew_and_as_the_factors_know_them(settings: Settings) -> None:
+    clicks = [("lamp", 1, 12), ("lamp", 0, 0), ("rug", 0, 12)]
+    lake = Lake(settings.lake)
+    for back in (1, 0):
+        day = DAY0 - dt.timedelta(days=back)
+        records = [
+            {
+                "event_id": f"e{back}{hour}",
+                "user_id": f"u{back}{hour}",
+                "event_time": at(day, hour),
+                "domain": "ad",
+                "event_type": "click",
+                "item_id": f"{thing}-red-0",
+            }
+            for thing, ago, hour in clicks
+            if ago == back
+        ]
+        with lake.begin("behaviours", day) as attempt:
+            attempt.write(rows("behaviours", records))
+            attempt.commit()
+    index_rebuild.run(args(), settings)
+    child = champion(settings)
+    assert child.manifest["fusion_settings"]["half_life_days"] == 0.5
+    now = now_of(settings)
+    signals = open_signals(child, now, *open_neighbours(child, now))
+    assert signals is not None
+    takers = dict(zip(now.object_ids.to_pylist(), signals.takers.tolist(), strict=True))
+    # Two users: one a day and one half a day before the newest click.
+    assert takers["red lamp"] == pytest.approx(0.25 + 0.5)
+    assert takers["red rug"] == 1.0
+    assert sum(takers.values()) == pytest.approx(1.75)
+    # Without a word on them in the manifest, today's hold.
+    assert settings.with_fusion_of(None) == settings
 
 
 def test_a_model_from_before_a_refresh_makes_no_release(settings: Settings) -> None:

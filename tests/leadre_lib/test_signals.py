@@ -54,7 +54,7 @@ def test_whoever_took_it_long_ago_is_less_of_a_taker(meaning: EmbeddingIndex) ->
         TEXTS, meaning, taken([[0, 1, 0], [1]], [2 * half, half, 0, half]), SETTINGS
     )
     assert found.takers.tolist() == [1, 1, 0, 0, 0]
-    assert found.recounted(taken([[1]], [half]), SETTINGS).takers.tolist() == [0, 0.5, 0, 0, 0]
+    assert found.recounted(taken([[1], []], [half]), SETTINGS).takers.tolist() == [0, 0.5, 0, 0, 0]
 
 
 def test_words_tell_brands_and_kinds() -> None:
