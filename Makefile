@@ -83,7 +83,7 @@ bench-cost: setup ## the arithmetic of a night: FLOPs, bytes and GPUs; no measur
 
 bench-semantic-ids: setup ## report card of the four quantisers; DATA=folder adds Amazon reviews
 	$(BIN)/python -m benchmarks.semantic_ids $(if $(SOURCE),--source "$(SOURCE)") \
-	  $(if $(JSON),--json "$(JSON)")
+	  $(if $(SEEDS),--seeds "$(SEEDS)") $(if $(JSON),--json "$(JSON)")
 
 bench-quantiser-scale: setup ## seconds and memory of the quantisers up to 1,000,000 objects
 	$(BIN)/python -m benchmarks.quantiser_scale $(if $(JSON),--json "$(JSON)")
