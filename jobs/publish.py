@@ -1,7 +1,8 @@
 """Gate the candidates of all shards, and publish them to the lake and the online store.
 
-The gate checks the contract, that every ad is active, that the model found something for enough
-users, and, as a warning, that its scores have not drifted. Only the newest day reaches the online
+The gate checks the contract, that every ad is active, that the model or the signals found something
+for enough users, and, as warnings, that the model wrote any of it and that its scores have not
+drifted. Only the newest day reaches the online
 store.
 """
 

@@ -249,7 +249,9 @@ def candidate_outcomes(
     earlier: pa.Table | None,
     settings: QualitySettings,
 ) -> list[Outcome]:
-    """What a column's checks cannot see: stopped ads, coverage of users, drift of the scores."""
+    """What a column's checks cannot see: stopped ads, coverage of users, a silent model, drift of the
+    scores.
+    """
     rows = catalogue.ad_rows(candidates["ad_id"])
     stopped = int((~np.where(rows >= 0, catalogue.active[rows], False)).sum())
     # What fills lists up finds something for anybody: it would hide a night that finds nothing.
@@ -268,6 +270,14 @@ def candidate_outcomes(
             f" quality.min_candidate_coverage = {settings.min_candidate_coverage:.2%}"
             if covered < settings.min_candidate_coverage
             else "",
+        ),
+        Outcome(
+            "candidates",
+            # With the fusion, popular objects compete for everybody: they too would hide it.
+            Check("the_model_is_heard", {}, "warning"),
+            ""
+            if pc.any(pc.equal(candidates["source"], "model")).as_py()
+            else "no candidate was written by the model: look at the log of `infer`",
         ),
     ]
     scores = [_model_scores(rows) for rows in (candidates, earlier) if rows is not None]

@@ -167,3 +167,15 @@ def test_score_drift_is_that_of_the_model_alone(settings: Settings, lake: Lake) 
     assert drift([*GOOD["candidates"], filled], before) == [""]
     assert "moved by -8.00" in drift([candidate(1, "a1", score=-9.0)], before)[0]
     assert drift([filled], before) == drift(GOOD["candidates"], None) == []
+
+
+def test_a_night_without_a_word_of_the_model_is_warned_of(settings: Settings, lake: Lake) -> None:
+    assign_ids(lake, DAY0)
+    ids = lake.read("ad_semantic_ids", DAY0)
+    ads = catalogue(rows("ads", [{**a, "text_hash": ""} for a in ADS]), ids, DAY1)
+    for source, told in (("model", False), ("signals", True)):
+        now = rows("candidates", [candidate(1, "a1", source=source)])
+        outcomes = candidate_outcomes(now, ads, 1, None, settings.quality)
+        failed = [outcome.check.type for outcome in outcomes if outcome.failed]
+        assert failed == (["the_model_is_heard"] if told else [])
+        gate(outcomes)
