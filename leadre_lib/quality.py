@@ -249,7 +249,7 @@ def candidate_outcomes(
     earlier: pa.Table | None,
     settings: QualitySettings,
 ) -> list[Outcome]:
-    """What a column cannot show: stopped ads, coverage of users, a silent model, drift of scores."""
+    """What a column cannot show: stopped ads, coverage of users, a silent model, score drift."""
     rows = catalogue.ad_rows(candidates["ad_id"])
     stopped = int((~np.where(rows >= 0, catalogue.active[rows], False)).sum())
     # What fills lists up finds something for anybody: it would hide a night that finds nothing.
