@@ -57,7 +57,6 @@ log = logging.getLogger(__name__)
 PROGRESS_LINES = 20
 SECTIONS: dict[str, type[TrainingSettings]] = {"sft": SftSettings, "dpo": DpoSettings}
 TOP = 10  # of the lists that are validated
-CHANCE = 0.5
 disable_progress_bars()
 
 
@@ -391,11 +390,11 @@ def kept(hit_rates: list[float], cases: int) -> int:
     best but for chance.
 
     The largest of several hit rates is so by luck, too, while later weights have seen more, at
-    lower learning rates. Chance is `CHANCE` of the standard error of a rate over so many cases: all
-    weights are asked the same ones, so differences err less than rates.
+    lower learning rates. Chance is one standard error of the best rate over so many cases (the rule
+    of Breiman et al. 1984, Classification and Regression Trees, section 3.4.3).
     """
     best = max(hit_rates)
-    floor = best - CHANCE * float(np.sqrt(best * (1 - best) / cases))
+    floor = best - float(np.sqrt(best * (1 - best) / cases))
     return max(n for n, rate in enumerate(hit_rates) if rate >= floor)
 
 
