@@ -83,12 +83,12 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--peak-tflops", type=float, help="of the device: adds `of peak`")
     parser.add_argument("--no-two-ranks", action="store_true", help="leave that row out")
     for name, value, text in (
-        ("users", 400, "of whom examples are made up"),
+        ("users", 600, "of whom examples are made up"),
         ("behaviours", 14, "that a prompt tells, at 12 tokens or so"),
         ("targets", 8, "of a prompt"),
-        ("rows", 4, "packed rows a step, all ranks together"),
-        ("steps", 5, "of a turn"),
-        ("turns", 12, "that are measured"),
+        ("rows", 16, "packed rows a step, all ranks together"),
+        ("steps", 3, "of a turn"),
+        ("turns", 8, "that are measured"),
         ("warm-up", 2, "turns that are not"),
         ("threads", 2, "of torch"),
     ):
@@ -196,7 +196,8 @@ def train_bare(folder: Path, turns: Turns) -> None:
         {"params": [w for w in weights if w.ndim > 1], "weight_decay": section.weight_decay},
         {"params": [w for w in weights if w.ndim == 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=section.learning_rate)
+    betas = (0.9, section.adam_beta2)
+    optimizer = torch.optim.AdamW(groups, lr=section.learning_rate, betas=betas)
     rows, padding = Rows.open(folder), model.config.pad_token_id or 0
     steps = len(rows) // section.batch_size
     warm = warmup_steps(section, steps)
