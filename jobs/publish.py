@@ -2,8 +2,7 @@
 
 The gate checks the contract, that every ad is active, that the model or the signals found something
 for enough users, and, as warnings, that the model wrote any of it and that its scores have not
-drifted. Only the newest day reaches the online
-store.
+drifted. Only the newest day reaches the online store.
 """
 
 from __future__ import annotations

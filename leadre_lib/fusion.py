@@ -270,7 +270,7 @@ def learn_signals(
 
     Of each user it is to be foretold from what came before it, and of what the user took that alone
     is counted: as a day's cases follow what is counted, which holds their own users' past. What
-    others took later is counted, too, so what signals are worth is rather told too high than low.
+    others took later is counted, too.
 
     Args:
         signals: of the catalogue; whatever they were counted on.
