@@ -18,7 +18,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from leadre_lib.constraint_index import ConstraintIndex
 from leadre_lib.decoding import BeamDecoder
 from leadre_lib.evaluation import Histories, Rows, rank_metrics
-from leadre_lib.model import EOS_TOKEN, build_model, build_tokenizer, sid_token_ids, sid_tokens
+from leadre_lib.model import (
+    EOS_TOKEN,
+    Meanings,
+    build_model,
+    build_tokenizer,
+    sid_token_ids,
+    sid_tokens,
+)
 from leadre_lib.quantisers import Codebook, Codes
 from leadre_lib.semantic_ids import format_sid
 from leadre_lib.settings import DecodingSettings, ModelSettings
@@ -71,7 +78,7 @@ def hit_rate(
     tokenizer = build_tokenizer(["."], sid_tokens(sizes), BYTES)
     ids = sid_token_ids(tokenizer, sizes)
     tokens = torch.from_numpy(np.stack([t[c] for t, c in zip(ids, codes.T, strict=True)], axis=1))
-    model = build_model(MODEL, tokenizer, seed, _vectors(codebook, sum(sizes)))
+    model = build_model(MODEL, tokenizer, seed, Meanings(_vectors(codebook, sum(sizes))))
     _train(model, tokenizer, tokens, torch.from_numpy(_last_objects(train)), seed, steps)
     decoder = BeamDecoder(
         model,

@@ -26,28 +26,33 @@ from leadre_lib.release import Releases
 from leadre_lib.settings import Settings
 
 if TYPE_CHECKING:
+    from leadre_lib.catalogue import Catalogue
+    from leadre_lib.model import Meanings
     from leadre_lib.quantisers import Codebook
     from leadre_lib.training import Validation
 
 log = logging.getLogger(__name__)
 
 
-def _sid_vectors(codebook: Codebook, tokens: int) -> np.ndarray:
-    """Where the embeddings of new SID tokens start, float32 [tokens, latent]: the codebook's own
-    vectors; not a number for the last level's tokens, which mean nothing by themselves.
+def _meanings(codebook: Codebook, tokens: int, ads: Catalogue) -> Meanings:
+    """What the tokens of a new model stand for: Semantic IDs the codebook's own vectors, but for
+    the last level's, which mean nothing by themselves; texts the sum of those of their codes.
     """
-    centroids = np.concatenate(codebook.centroids())
+    from leadre_lib.model import Meanings
+
+    levels = codebook.centroids()
+    centroids = np.concatenate(levels)
     rest = np.full((tokens - len(centroids), centroids.shape[1]), np.nan, np.float32)
-    return np.concatenate([centroids, rest])
+    meant = sum(vectors[ads.codes[:, level]] for level, vectors in enumerate(levels))
+    return Meanings(np.concatenate([centroids, rest]), ads.texts(), np.asarray(meant))
 
 
-def _validation(settings: Settings, lake: Lake, ds: dt.date) -> Validation | None:
+def _validation(settings: Settings, lake: Lake, ds: dt.date, ads: Catalogue) -> Validation | None:
     """A sample of the day's validation cases, on which the best weights are chosen; None without
     any.
     """
     if not settings.sft.validation_cases or not lake.has("eval_examples", ds):
         return None
-    from leadre_lib.catalogue import catalogue
     from leadre_lib.comparison import cases_of
     from leadre_lib.constraint_index import ConstraintIndex
     from leadre_lib.generation import sid_sizes
@@ -61,7 +66,6 @@ def _validation(settings: Settings, lake: Lake, ds: dt.date) -> Validation | Non
     rng = np.random.default_rng(settings.seed)
     count = min(len(examples), settings.sft.validation_cases)
     drawn = np.sort(rng.choice(len(examples), count, replace=False))
-    ads = catalogue(lake.read("ads", ds), lake.read("ad_semantic_ids", ds), ds)
     cases = cases_of(examples.take(pa.array(drawn)), ads)
     sizes = sid_sizes(Codebook.load(settings.codebooks / ads.codebook).sizes, settings)
     index = ConstraintIndex.build(ads.codes, sizes, ads.active_objects, codebook=ads.codebook)
@@ -82,6 +86,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
         remove(settings.work(ds) / "sft")
         raise NothingToDo(f"no behaviours before {ds}: nothing to learn from")
     # Ten seconds of imports that a day with nothing to learn from does without.
+    from leadre_lib.catalogue import catalogue
     from leadre_lib.generation import sid_sizes
     from leadre_lib.model import sid_tokens
     from leadre_lib.quantisers import Codebook
@@ -99,6 +104,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
                 " prompts of %s",
                 *(champion.id, champion.template, template),
             )
+    ads = catalogue(lake.read("ads", ds), lake.read("ad_semantic_ids", ds), ds)
     vocabulary = sid_tokens(sid_sizes(codebook.sizes, settings))
     prepare_sft(
         examples,
@@ -106,8 +112,8 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
         champion.folder if champion else None,
         settings,
         vocabulary,
-        _sid_vectors(codebook, len(vocabulary)),
-        _validation(settings, lake, ds),
+        None if champion else _meanings(codebook, len(vocabulary), ads),
+        _validation(settings, lake, ds, ads),
     )
     run_ranks("sft", settings.work(ds), settings)
     facts.record(

@@ -15,11 +15,13 @@ import shutil
 import string
 import uuid
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from scipy import sparse
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -43,6 +45,46 @@ SID_PATTERN = re.compile(r"<([a-z])_(\d+)>")
 
 class ModelError(LeadreError):
     """A model folder is missing, damaged or of the wrong kind."""
+
+
+@dataclass(frozen=True)
+class Meanings:
+    """What tokens of a new model stand for, as vectors of one space.
+
+    Attributes:
+        sid_vectors: float [SID tokens, width], in the order of `sid_tokens`, such as the centroids
+            of codes; a row that is not finite says nothing.
+        texts: such as tell what words stand for.
+        text_vectors: float [texts, width], what each text means.
+    """
+
+    sid_vectors: np.ndarray
+    texts: Sequence[str] = ()
+    text_vectors: np.ndarray | None = None
+
+    def of_tokens(self, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+        """What each token stands for, float64 [tokens, width]; NaN where nothing is known.
+
+        A token of words stands for the texts that it occurs in: the mean of their vectors, less the
+        mean of all.
+        """
+        sids = _sid_tokens_of(tokenizer)
+        if len(sids) != len(self.sid_vectors):
+            raise LeadreError(f"{len(self.sid_vectors)} vectors for {len(sids)} Semantic ID tokens")
+        vectors = np.full((len(tokenizer), self.sid_vectors.shape[1]), np.nan)
+        if self.text_vectors is not None and len(self.texts):
+            ids = tokenizer(list(self.texts), add_special_tokens=False)["input_ids"]
+            text = np.repeat(np.arange(len(ids)), [len(each) for each in ids])
+            occurs = sparse.csr_array(
+                (np.ones(len(text)), (np.concatenate(ids).astype(np.int64), text)),
+                shape=(len(tokenizer), len(ids)),
+            )
+            occurs.data[:] = 1.0  # the constructor counts: twice in a text is once
+            known = np.diff(occurs.indptr) > 0
+            means = occurs[known] @ self.text_vectors / np.diff(occurs.indptr)[known, None]
+            vectors[known] = means - self.text_vectors.mean(axis=0)
+        vectors[_token_ids(tokenizer, sids)] = self.sid_vectors
+        return vectors
 
 
 def sid_tokens(sizes: Sequence[int]) -> list[str]:
@@ -135,7 +177,7 @@ def build_model(
     settings: ModelSettings,
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
-    sid_vectors: np.ndarray | None = None,
+    meanings: Meanings | None = None,
 ) -> PreTrainedModel:
     """Build a Qwen2 with grouped-query attention and tied embeddings, in float32, untrained.
 
@@ -143,9 +185,8 @@ def build_model(
         settings: sizes.
         tokenizer: gives the vocabulary.
         seed: of the initial weights.
-        sid_vectors: float [SID tokens, any width], in the order of `sid_tokens`: what each token
-            stands for, such as the centroid of its code. The token's embedding starts as its
-            principal components. Rows that are not finite keep their random start.
+        meanings: what tokens stand for. Their embeddings start as its principal components, those
+            of which nothing is known at random.
     """
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -165,12 +206,9 @@ def build_model(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = Qwen2ForCausalLM(config)
-    if sid_vectors is not None:
-        tokens = _sid_tokens_of(tokenizer)
-        if len(tokens) != len(sid_vectors):
-            raise LeadreError(f"{len(sid_vectors)} vectors for {len(tokens)} Semantic ID tokens")
-        start = _project(sid_vectors, [t[1] for t in tokens], settings.hidden_size)
-        _set_rows(model, _token_ids(tokenizer, tokens), start * config.initializer_range)
+    if meanings is not None:
+        start = _project(meanings.of_tokens(tokenizer), _levels(tokenizer), settings.hidden_size)
+        _set_rows(model, start * config.initializer_range)
     return model
 
 
@@ -180,12 +218,19 @@ def _sid_tokens_of(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [m[0] for m in sorted(found, key=lambda m: (m[1], int(m[2])))]
 
 
-def _project(vectors: np.ndarray, levels: Sequence[str], width: int) -> np.ndarray:
+def _levels(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """The letter of each token's level; of words none."""
+    levels = np.full(len(tokenizer), "")
+    tokens = _sid_tokens_of(tokenizer)
+    levels[_token_ids(tokenizer, tokens)] = [token[1] for token in tokens]
+    return levels
+
+
+def _project(vectors: np.ndarray, levels: np.ndarray, width: int) -> np.ndarray:
     """Principal components [rows, width] with standard deviation 1 in each level.
 
     Residual codebooks shrink from level to level; scaling each by itself lets all be heard.
     """
-    vectors, level_of = np.asarray(vectors, np.float64), np.asarray(levels)
     finite = np.isfinite(vectors).all(axis=1)
     projected = np.full((len(vectors), width), np.nan)
     if not finite.any():
@@ -196,20 +241,19 @@ def _project(vectors: np.ndarray, levels: Sequence[str], width: int) -> np.ndarr
     components = components[:width]
     projected[finite] = 0.0
     projected[np.ix_(finite, np.arange(len(components)))] = kept @ components.T
-    for level in np.unique(level_of):
-        rows = finite & (level_of == level)
+    for level in np.unique(levels):
+        rows = finite & (levels == level)
         if rows.any() and (spread := projected[rows].std()) > 0:
             projected[rows] /= spread
     return projected
 
 
-def _set_rows(model: PreTrainedModel, ids: Sequence[int], rows: np.ndarray) -> None:
-    """Write the finite rows [len(ids), hidden] into the (tied) input embeddings."""
+def _set_rows(model: PreTrainedModel, rows: np.ndarray) -> None:
+    """Write the finite rows of [tokens, hidden] into the (tied) input embeddings."""
     finite = np.isfinite(rows).all(axis=1)
     weight = _weight(model.get_input_embeddings())
     with torch.no_grad():
-        where = torch.as_tensor(np.asarray(ids)[finite])
-        weight[where] = torch.as_tensor(rows[finite], dtype=weight.dtype)
+        weight[torch.as_tensor(finite)] = torch.as_tensor(rows[finite], dtype=weight.dtype)
 
 
 def _weight(layer: torch.nn.Module) -> torch.Tensor:

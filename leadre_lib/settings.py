@@ -138,7 +138,7 @@ class ExampleSettings(Section):
         0.25, ge=0, le=1, description="of the ads, whose names and Semantic IDs are asked for"
     )
     synthetic_per_ad: int = Field(
-        16, ge=0, description="synthetic histories an active marketing object; 0: none"
+        40, ge=0, description="synthetic histories an active marketing object; 0: none"
     )
     synthetic_steps: PositiveInt = Field(8, description="of a synthetic history at most")
     synthetic_neighbours: PositiveInt = Field(

@@ -134,7 +134,7 @@ def prepare_sft(
     base_release: Path | None,
     settings: Settings,
     sid_vocab: Sequence[str],
-    sid_vectors: np.ndarray | None = None,
+    meanings: models.Meanings | None = None,
     validation: Validation | None = None,
 ) -> None:
     """Write what supervised fine-tuning reads, in `work/sft`; keep what is there if it is equal.
@@ -149,7 +149,7 @@ def prepare_sft(
             tokens of `sid_vocab` are added. None: `settings.model.base`, or a model from scratch.
         settings: sections `model` and `sft`, and the seed.
         sid_vocab: all Semantic ID tokens (`model.sid_tokens`).
-        sid_vectors: float [tokens of `sid_vocab`, any width], where a new model's embeddings start.
+        meanings: of the tokens of `sid_vocab` and of words, where a new model's embeddings start.
         validation: without it the last weights are the result.
 
     Raises:
@@ -159,7 +159,7 @@ def prepare_sft(
     folder = work / "sft"
     end_ranks(folder)
     staged = _fresh(folder / "prepared")
-    model, tokenizer = _start(examples, base_release, settings, sid_vocab, sid_vectors)
+    model, tokenizer = _start(examples, base_release, settings, sid_vocab, meanings)
     models.save(model, tokenizer, staged / "init")
     examples = _by_request(examples)
     lengths = _write_parts(staged / "train.parquet", _sft_parts(examples, tokenizer, settings))
@@ -210,7 +210,7 @@ def _start(
     base_release: Path | None,
     settings: Settings,
     sid_vocab: Sequence[str],
-    sid_vectors: np.ndarray | None,
+    meanings: models.Meanings | None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and tokenizer that training starts from."""
     if base_release is None and not settings.model.base:
@@ -219,7 +219,7 @@ def _start(
         texts = (str(text) for column in columns for text in column.to_pylist())
         phrases = load_template(settings.prompt.language).phrases
         tokenizer = models.build_tokenizer(texts, sid_vocab, settings.model.vocabulary, phrases)
-        return models.build_model(settings.model, tokenizer, settings.seed, sid_vectors), tokenizer
+        return models.build_model(settings.model, tokenizer, settings.seed, meanings), tokenizer
     model: PreTrainedModel
     base: PreTrainedTokenizerBase
     if base_release is not None:

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from leadre_lib.errors import LeadreError
 from leadre_lib.model import (
+    Meanings,
     add_sid_tokens,
     build_model,
     build_tokenizer,
@@ -18,6 +19,7 @@ from leadre_lib.model import (
     load,
     load_base,
     save,
+    sid_ids,
     sid_token_ids,
     sid_tokens,
 )
@@ -65,7 +67,7 @@ def test_vectors_shape_the_first_embeddings() -> None:
     vectors[1] = vectors[0] + 1e-3
     vectors[5:9] *= 1e-3  # a later codebook is smaller, yet as loud
     vectors[9:] = np.nan  # the disambiguation level stands for nothing
-    model = build_model(SMALL, tokenizer, 1, vectors)
+    model = build_model(SMALL, tokenizer, 1, Meanings(vectors))
     plain = build_model(SMALL, tokenizer, 1)
     weight = model.get_input_embeddings().weight.detach()
     a, b, c = (weight[torch.tensor(ids)] for ids in sid_token_ids(tokenizer, SIZES))
@@ -77,6 +79,31 @@ def test_vectors_shape_the_first_embeddings() -> None:
     assert torch.equal(weight[text], plain.get_input_embeddings().weight[text])
     rest = torch.tensor(sid_token_ids(tokenizer, SIZES)[2])
     assert torch.equal(c, plain.get_input_embeddings().weight[rest])
+
+
+def test_words_start_as_what_the_texts_mean_that_they_occur_in() -> None:
+    texts = ["coffee coffee machine", "coffee mug", "garden hose", "garden chair"]
+    tokenizer = build_tokenizer([*texts, "unheard"] * 9, sid_tokens(SIZES), 300)
+    sids = np.random.default_rng(0).normal(size=(sum(SIZES), 3))
+    drinks, plants = np.array([1.0, 0, 0]), np.array([0, 1.0, 0])
+    meanings = Meanings(sids, texts, np.stack([drinks, drinks, plants, plants]))
+
+    vectors = meanings.of_tokens(tokenizer)
+    token = {text: tokenizer(text)["input_ids"] for text in ("coffee", " mug", "garden", "unheard")}
+    assert all(len(ids) == 1 for ids in token.values())
+    apart = (drinks - plants) / 2  # of what they mean, less the mean of all texts
+    np.testing.assert_allclose(vectors[token["coffee"][0]], apart)
+    np.testing.assert_allclose(vectors[token[" mug"][0]], apart)
+    np.testing.assert_allclose(vectors[token["garden"][0]], -apart)
+    assert np.isnan(vectors[token["unheard"][0]]).all()
+    np.testing.assert_array_equal(vectors[sorted(sid_ids(tokenizer))], sids)
+
+    start = build_model(SMALL, tokenizer, 1, meanings).get_input_embeddings().weight.detach()
+    plain = build_model(SMALL, tokenizer, 1).get_input_embeddings().weight.detach()
+    coffee, mug, garden, unheard = (start[ids[0]] for ids in token.values())
+    assert torch.cosine_similarity(coffee, mug, dim=0) > 0.99
+    assert torch.cosine_similarity(coffee, garden, dim=0) < 0
+    assert torch.equal(unheard, plain[token["unheard"][0]])
 
 
 def test_saves_and_loads(tmp_path: Path) -> None:
