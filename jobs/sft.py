@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import datetime as dt
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +20,7 @@ import pyarrow.compute as pc
 
 from jobs.command import main, parser
 from leadre_lib import facts
-from leadre_lib.errors import NothingToDo
+from leadre_lib.errors import LeadreError, NothingToDo
 from leadre_lib.facts import remove
 from leadre_lib.lake import Lake
 from leadre_lib.release import Releases
@@ -34,17 +35,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def _meanings(codebook: Codebook, tokens: int, ads: Catalogue) -> Meanings:
+def _meanings(codebook: Codebook, sizes: Sequence[int], ads: Catalogue) -> Meanings:
     """What the tokens of a new model stand for: Semantic IDs the codebook's own vectors, but for
-    the last level's, which mean nothing by themselves; texts the sum of those of their codes.
+    the last level's, which mean nothing by themselves; words what the objects mean that they tell.
     """
     from leadre_lib.model import Meanings
 
-    levels = codebook.centroids()
-    centroids = np.concatenate(levels)
-    rest = np.full((tokens - len(centroids), centroids.shape[1]), np.nan, np.float32)
-    meant = sum(vectors[ads.codes[:, level]] for level, vectors in enumerate(levels))
-    return Meanings(np.concatenate([centroids, rest]), ads.texts(), np.asarray(meant))
+    centroids = np.concatenate(codebook.centroids())
+    vectors = np.full((sum(sizes), centroids.shape[1]), np.nan, np.float32)
+    vectors[: len(centroids)] = centroids
+    return Meanings(vectors, ads.texts(), ads.codes + np.cumsum([0, *sizes[:-1]]))
 
 
 def _validation(settings: Settings, lake: Lake, ds: dt.date, ads: Catalogue) -> Validation | None:
@@ -105,14 +105,20 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
                 *(champion.id, champion.template, template),
             )
     ads = catalogue(lake.read("ads", ds), lake.read("ad_semantic_ids", ds), ds)
-    vocabulary = sid_tokens(sid_sizes(codebook.sizes, settings))
+    if ads.codebook != version:
+        raise LeadreError(
+            f"`sft_examples` of ds={ds} are of codebook {version}, but `ad_semantic_ids` of"
+            f" {ads.codebook}: it was refreshed since; run the day again from `interests` on"
+        )
+    sizes = sid_sizes(codebook.sizes, settings)
+    scratch = champion is None and not settings.model.base
     prepare_sft(
         examples,
         settings.work(ds),
         champion.folder if champion else None,
         settings,
-        vocabulary,
-        None if champion else _meanings(codebook, len(vocabulary), ads),
+        sid_tokens(sizes),
+        _meanings(codebook, sizes, ads) if scratch else None,
         _validation(settings, lake, ds, ads),
     )
     run_ranks("sft", settings.work(ds), settings)

@@ -15,13 +15,14 @@ import shutil
 import string
 import uuid
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from scipy import sparse
+from threadpoolctl import threadpool_limits
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -40,6 +41,7 @@ from leadre_lib.settings import ModelSettings
 EOS_TOKEN = "<|endoftext|>"  # noqa: S105
 PAD_TOKEN = "<|pad|>"  # noqa: S105
 disable_progress_bar()  # a bar for every file read or written drowns a job's log
+TEXTS_AT_A_TIME = 8192  # held as Python lists of tokens
 SID_PATTERN = re.compile(r"<([a-z])_(\d+)>")
 
 
@@ -49,42 +51,66 @@ class ModelError(LeadreError):
 
 @dataclass(frozen=True)
 class Meanings:
-    """What tokens of a new model stand for, as vectors of one space.
+    """What tokens of a new model stand for.
 
     Attributes:
         sid_vectors: float [SID tokens, width], in the order of `sid_tokens`, such as the centroids
             of codes; a row that is not finite says nothing.
         texts: such as tell what words stand for.
-        text_vectors: float [texts, width], what each text means.
+        semantic_ids: int [texts, levels], the rows of `sid_vectors` that make the Semantic ID of
+            each text; it means their sum.
     """
 
     sid_vectors: np.ndarray
     texts: Sequence[str] = ()
-    text_vectors: np.ndarray | None = None
+    semantic_ids: np.ndarray = field(default_factory=lambda: np.empty((0, 1), np.int64))
+
+    def __post_init__(self) -> None:
+        """Raises LeadreError where texts and Semantic IDs are not as many."""
+        if len(self.texts) != len(self.semantic_ids):
+            raise LeadreError(f"{len(self.texts)} texts for {len(self.semantic_ids)} Semantic IDs")
 
     def of_tokens(self, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
         """What each token stands for, float64 [tokens, width]; NaN where nothing is known.
 
-        A token of words stands for the texts that it occurs in: the mean of their vectors, less the
-        mean of all.
+        A token of words stands for the texts that it occurs in: the mean of what they mean, less
+        the mean of all. Special tokens stand for nothing.
         """
         sids = _sid_tokens_of(tokenizer)
         if len(sids) != len(self.sid_vectors):
             raise LeadreError(f"{len(self.sid_vectors)} vectors for {len(sids)} Semantic ID tokens")
-        vectors = np.full((len(tokenizer), self.sid_vectors.shape[1]), np.nan)
-        if self.text_vectors is not None and len(self.texts):
-            ids = tokenizer(list(self.texts), add_special_tokens=False)["input_ids"]
-            text = np.repeat(np.arange(len(ids)), [len(each) for each in ids])
-            occurs = sparse.csr_array(
-                (np.ones(len(text)), (np.concatenate(ids).astype(np.int64), text)),
-                shape=(len(tokenizer), len(ids)),
-            )
-            occurs.data[:] = 1.0  # the constructor counts: twice in a text is once
-            known = np.diff(occurs.indptr) > 0
-            means = occurs[known] @ self.text_vectors / np.diff(occurs.indptr)[known, None]
-            vectors[known] = means - self.text_vectors.mean(axis=0)
+        texts, codes = self._counts(tokenizer)
+        share = codes / np.maximum(texts, 1)[:, None]
+        everywhere = np.bincount(self.semantic_ids.ravel(), minlength=len(sids))
+        share -= everywhere / max(len(self.texts), 1)
+        vectors = share @ np.nan_to_num(self.sid_vectors.astype(np.float64))
+        vectors[texts == 0] = np.nan
+        vectors[tokenizer.all_special_ids] = np.nan
         vectors[_token_ids(tokenizer, sids)] = self.sid_vectors
         return vectors
+
+    def _counts(self, tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
+        """In how many texts each token occurs [tokens], and how often their Semantic IDs have each
+        code [tokens, SID tokens].
+        """
+        texts, codes = (np.zeros((len(tokenizer), n)) for n in (1, len(self.sid_vectors)))
+        for start in range(0, len(self.texts), TEXTS_AT_A_TIME):
+            part = slice(start, start + TEXTS_AT_A_TIME)
+            ids = tokenizer(list(self.texts[part]), add_special_tokens=False)["input_ids"]
+            occurs = _incidence(ids, len(tokenizer)).T
+            texts += occurs.sum(axis=1)[:, None]
+            codes += (occurs @ _incidence(self.semantic_ids[part], codes.shape[1])).toarray()
+        return texts[:, 0], codes
+
+
+def _incidence(rows: Sequence[Sequence[int]] | np.ndarray, width: int) -> sparse.csr_array:
+    """1 where a row has that number, however often; float64 [rows, width]."""
+    lengths = [len(row) for row in rows]
+    where = np.repeat(np.arange(len(rows)), lengths)
+    numbers = np.concatenate([np.asarray(row, np.int64) for row in rows])
+    found = sparse.csr_array((np.ones(len(where)), (where, numbers)), shape=(len(rows), width))
+    found.data[:] = 1.0  # the constructor has added up
+    return found
 
 
 def sid_tokens(sizes: Sequence[int]) -> list[str]:
@@ -185,8 +211,8 @@ def build_model(
         settings: sizes.
         tokenizer: gives the vocabulary.
         seed: of the initial weights.
-        meanings: what tokens stand for. Their embeddings start as its principal components, those
-            of which nothing is known at random.
+        meanings: what tokens stand for. Their embeddings start as the principal components of
+            that, those of which nothing is known at random.
     """
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -207,7 +233,9 @@ def build_model(
         torch.manual_seed(seed)
         model = Qwen2ForCausalLM(config)
     if meanings is not None:
-        start = _project(meanings.of_tokens(tokenizer), _levels(tokenizer), settings.hidden_size)
+        with threadpool_limits(1):  # the same sums on any number of cores
+            vectors = meanings.of_tokens(tokenizer)
+            start = _project(vectors, _levels(tokenizer), settings.hidden_size)
         _set_rows(model, start * config.initializer_range)
     return model
 
@@ -227,7 +255,8 @@ def _levels(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
 
 
 def _project(vectors: np.ndarray, levels: np.ndarray, width: int) -> np.ndarray:
-    """Principal components [rows, width] with standard deviation 1 in each level.
+    """Principal components [rows, width] with standard deviation 1 in each level, words being one;
+    0 where there are no more of them, NaN where a vector is not finite.
 
     Residual codebooks shrink from level to level; scaling each by itself lets all be heard.
     """

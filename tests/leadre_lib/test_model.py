@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_limits
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from leadre_lib.errors import LeadreError
@@ -82,28 +83,50 @@ def test_vectors_shape_the_first_embeddings() -> None:
 
 
 def test_words_start_as_what_the_texts_mean_that_they_occur_in() -> None:
-    texts = ["coffee coffee machine", "coffee mug", "garden hose", "garden chair"]
-    tokenizer = build_tokenizer([*texts, "unheard"] * 9, sid_tokens(SIZES), 300)
-    sids = np.random.default_rng(0).normal(size=(sum(SIZES), 3))
-    drinks, plants = np.array([1.0, 0, 0]), np.array([0, 1.0, 0])
-    meanings = Meanings(sids, texts, np.stack([drinks, drinks, plants, plants]))
+    texts = ["mug mug coffee", "mug coffee", "garden hose", "garden chair<|endoftext|>"]
+    tokenizer = build_tokenizer([*texts, "unheard mug coffee"] * 9, sid_tokens((2, 2, 1)), 300)
+    drinks, plants, hot, cold = np.eye(4)[:, :3]
+    sids = np.stack([drinks, plants, hot, cold, np.full(3, np.nan)])
+    meanings = Meanings(sids, texts, np.array([[0, 2, 4], [0, 3, 4], [1, 3, 4], [1, 3, 4]]))
 
     vectors = meanings.of_tokens(tokenizer)
-    token = {text: tokenizer(text)["input_ids"] for text in ("coffee", " mug", "garden", "unheard")}
+    token = {text: tokenizer(text)["input_ids"] for text in ("mug", " mug", "garden", "unheard")}
     assert all(len(ids) == 1 for ids in token.values())
-    apart = (drinks - plants) / 2  # of what they mean, less the mean of all texts
-    np.testing.assert_allclose(vectors[token["coffee"][0]], apart)
-    np.testing.assert_allclose(vectors[token[" mug"][0]], apart)
-    np.testing.assert_allclose(vectors[token["garden"][0]], -apart)
+    mean = (2 * drinks + 2 * plants + hot + 3 * cold) / 4
+    both = drinks + (hot + cold) / 2 - mean
+    np.testing.assert_allclose(vectors[token["mug"][0]], both)
+    np.testing.assert_allclose(vectors[token[" mug"][0]], drinks + hot - mean)
+    np.testing.assert_allclose(vectors[token["garden"][0]], plants + cold - mean)
     assert np.isnan(vectors[token["unheard"][0]]).all()
+    assert np.isnan(vectors[tokenizer.eos_token_id]).all()
     np.testing.assert_array_equal(vectors[sorted(sid_ids(tokenizer))], sids)
 
     start = build_model(SMALL, tokenizer, 1, meanings).get_input_embeddings().weight.detach()
     plain = build_model(SMALL, tokenizer, 1).get_input_embeddings().weight.detach()
-    coffee, mug, garden, unheard = (start[ids[0]] for ids in token.values())
-    assert torch.cosine_similarity(coffee, mug, dim=0) > 0.99
-    assert torch.cosine_similarity(coffee, garden, dim=0) < 0
+    mug, hot_mug, garden, unheard = (start[ids[0]] for ids in token.values())
+    assert torch.cosine_similarity(mug, hot_mug, dim=0) > 0.5
+    assert torch.cosine_similarity(mug, garden, dim=0) < 0
     assert torch.equal(unheard, plain[token["unheard"][0]])
+    told = np.isfinite(vectors).all(axis=1) & ~np.isin(np.arange(len(vectors)), sid_ids(tokenizer))
+    words = start[torch.as_tensor(told)]
+    assert words.std(correction=0).item() == pytest.approx(SMALL.initializer_range, rel=0.2)
+
+
+def test_the_start_does_not_depend_on_the_threads() -> None:
+    rng = np.random.default_rng(0)
+    tokenizer = build_tokenizer([], sid_tokens((2000,)), 258)
+    meanings = Meanings(rng.normal(size=(2000, 384)))
+    starts = []
+    for threads in (1, 2):
+        with threadpool_limits(threads):
+            model = build_model(SMALL, tokenizer, 1, meanings)
+        starts.append(model.get_input_embeddings().weight)
+    assert torch.equal(*starts)
+
+
+def test_texts_without_semantic_ids_are_refused() -> None:
+    with pytest.raises(LeadreError, match="1 texts for 0 Semantic IDs"):
+        Meanings(np.zeros((2, 3)), ["a mug"])
 
 
 def test_saves_and_loads(tmp_path: Path) -> None:
