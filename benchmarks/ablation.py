@@ -14,8 +14,9 @@ all variants are asked the same cases, their differences err less than that.
 does not have, such as content on MovieLens, is worth nothing there. A source without eCPM has no
 DPO.
 
-Runs that are done are passed over; after an interruption the same command goes on where it stopped.
-`--force` redoes all.
+Runs that are done are passed over; after an interruption the same command goes on where it stopped
+(without `--force`, which redoes all). The runs go seed by seed: to see those that are done, ask for
+fewer `--seeds`, or for some variants with `--only`. The page is that of the latest command.
 """
 
 from __future__ import annotations
@@ -223,12 +224,15 @@ def run(args: argparse.Namespace) -> None:
     found = dict(zip(wanted, bench.complete(runs, args.force), strict=True))
     rows = rows_of(variants, {name: [found[name, seed] for seed in seeds] for name in variants})
     words = chain.about(bench, args.seeds)
-    sheets = [results_sheet(rows, f"test cases of {words}"), differences_sheet(rows, variants)]
+    sheets = [
+        results_sheet(rows, f"test cases of {words}", "variant"),
+        differences_sheet(rows, variants),
+    ]
     for sheet in sheets:
         sheet.show(chain.console)
     chain.console.print(note(rows[0]))
     for name in sorted(set(variants) - {row.name for row in rows}):
-        chain.console.print(f"{name}: left out, this source has no pairs for DPO")
+        chain.console.print(f"{name}: left out, as in some seed there were no pairs for DPO")
     page = bench.root / "ablation.html"
     write_page(page, "Ablation", f"{words}; {note(rows[0])}.", plot(rows), sheets, __doc__)
     if args.json is not None:

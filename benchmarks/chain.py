@@ -487,4 +487,6 @@ def say_errors(work: Any, *args: Any) -> None:
     except LeadreError as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
-        raise SystemExit("error: interrupted; the same command goes on from here") from None
+        raise SystemExit(
+            "error: interrupted; the same command goes on from here (without --force, FORCE=1)"
+        ) from None

@@ -19,7 +19,7 @@ the most that it can be), and the difference with its 95 % interval over seeds (
 seed).
 
 Seeds that are done are passed over; after an interruption the same command goes on where it
-stopped. `--force` redoes all.
+stopped (without `--force`, which redoes all).
 """
 
 from __future__ import annotations
@@ -70,12 +70,12 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def results_sheet(rows: Sequence[Method], title: str) -> Sheet:
-    """One row a method, one column a metric."""
+def results_sheet(rows: Sequence[Method], title: str, head: str = "method") -> Sheet:
+    """One row a method, or what `head` calls it, one column a metric."""
     names = metric_names(rows)
     return Sheet(
         title,
-        ["method", *names, "seeds", "cases"],
+        [head, *names, "seeds", "cases"],
         [
             [
                 row.name,
