@@ -4,10 +4,11 @@
 
 Every variant runs as `full` does but for the settings that `VARIANTS` names, on the same days,
 cases and seeds (see `chain`); what variants have in common is made once. A cell of the first table
-is the mean over the seeds ± their standard deviation. The second says variant less `full`, seed by
-seed, ± half the 95 % interval of that difference over the seeds (Student's t); with one seed there
-is none. The cases are a sample too: the note below gives the binomial standard error of `full`. As
-all variants are asked the same cases, their differences err less than that.
+is the mean over the seeds ± their standard deviation. The second says variant less `full` on the
+same cases, all seeds together, ± half the 95 % interval of that difference over the users (see
+`seeds.paired`); that another training would have come out otherwise is not in it. So with several
+seeds a third says variant less `full`, seed by seed, ± half the 95 % interval over the seeds
+(Student's t).
 
 `full` and the variants that leave something out are the stage that validation cases chose
 (`leadre`); `sft-only` and the two of DPO are that stage, whatever was chosen. A part that a source
@@ -27,18 +28,23 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from benchmarks import chain
 from benchmarks.page import Sheet, as_svg, new_figure, write_page
 from benchmarks.quality import FULL, arguments, results_sheet
 from benchmarks.seeds import (
     Method,
-    Over,
+    Paired,
     as_json,
-    binomial_error,
+    in_order,
     metric_names,
     over_seeds,
+    paired,
     plus_minus,
     with_stages,
+    written_as,
 )
 from leadre_lib.errors import LeadreError
 
@@ -131,73 +137,91 @@ def rows_of(
     return found
 
 
-def differences_sheet(rows: Sequence[Method], variants: Mapping[str, Variant]) -> Sheet:
-    """Variant less full, with 95 % intervals over the seeds."""
-    full = rows[0]
-    names = metric_names(rows)
+def gaps_of(
+    rows: Sequence[Method],
+    variants: Mapping[str, Variant],
+    ranks: Mapping[str, Sequence[pa.Table]],
+) -> dict[str, dict[str, Paired]]:
+    """Each variant less full by metric, case by case; of variants that have a row.
+
+    Args:
+        rows: `rows_of` the variants.
+        variants: by name.
+        ranks: by the same names, a table of `case_ranks` a seed.
+    """
+
+    def own(name: str) -> list[pa.Table]:
+        """The ranks of the variant's stage in each seed."""
+        tables = []
+        for table in ranks[name]:
+            stage = written_as(variants[name].row, table["method"].unique().to_pylist())
+            tables.append(table.filter(pc.equal(table["method"], stage)))
+        return tables
+
+    full = own(rows[0].name)
+    return {row.name: paired(own(row.name), full) for row in rows[1:]}
+
+
+def differences_sheet(
+    gaps: Mapping[str, Mapping[str, Paired]], variants: Mapping[str, Variant]
+) -> Sheet:
+    """Variant less full, with 95 % intervals over the cases."""
+    names = in_order({metric for each in gaps.values() for metric in each})
+    lines = [
+        [
+            name,
+            *(
+                plus_minus(each[m].mean, each[m].half, sign=True) if m in each else "-"
+                for m in names
+            ),
+            variants[name].about,
+        ]
+        for name, each in gaps.items()
+    ]
+    return Sheet("difference to full ± 95 % over cases", ["variant", *names, "leaves out"], lines)
+
+
+def seeds_sheet(rows: Sequence[Method]) -> Sheet:
+    """Variant less full, seed by seed, with 95 % intervals over the seeds."""
+    full, names = rows[0].metrics, metric_names(rows)
     lines = []
     for row in rows[1:]:
-        cells = [
-            plus_minus(gap.mean, gap.half, sign=True)
-            if (gap := difference(row, full, name))
-            else "-"
-            for name in names
-        ]
-        lines.append([row.name, *cells, variants[row.name].about])
-    return Sheet("difference to full ± 95 % over seeds", ["variant", *names, "leaves out"], lines)
+        gaps = [row.metrics[m].minus(full[m]) if m in row.metrics else None for m in names]
+        cells = [plus_minus(gap.mean, gap.half, sign=True) if gap else "-" for gap in gaps]
+        lines.append([row.name, *cells])
+    return Sheet("difference to full ± 95 % over seeds", ["variant", *names], lines)
 
 
-def difference(row: Method, full: Method, metric: str) -> Over | None:
-    """Variant less full, seed by seed; None where one of them lacks the metric."""
-    if metric not in row.metrics or metric not in full.metrics:
-        return None
-    return row.metrics[metric].minus(full.metrics[metric])
-
-
-def note(full: Method) -> str:
-    """The error that comes from the number of cases."""
-    errors = [
-        f"{name} {error:.4f}"
-        for name in metric_names([full])
-        if (error := binomial_error(name, full.metrics[name].mean, full.cases)) is not None
-    ]
-    return (
-        f"binomial standard error of full over {full.cases} cases: {', '.join(errors)}"
-        " (of NDCG the most that it can be)"
-    )
-
-
-def as_rows(rows: Sequence[Method], variants: Mapping[str, Variant]) -> list[chain.Row]:
-    """The JSON: as that of `quality`, with the differences to full and their 95 % intervals."""
-    full = rows[0]
+def as_rows(
+    rows: Sequence[Method],
+    gaps: Mapping[str, Mapping[str, Paired]],
+    variants: Mapping[str, Variant],
+) -> list[chain.Row]:
+    """The JSON: as that of `quality`, with the differences to full and their intervals."""
     made = []
     for row in rows:
         told = {**as_json(row), "leaves out": variants[row.name].about}
-        for name in row.metrics:
-            gap = difference(row, full, name)
-            if row is full or gap is None:
-                continue
+        for name, gap in gaps.get(row.name, {}).items():
             told[f"{name} diff"] = round(gap.mean, 9)
-            if gap.half is not None:
-                told[f"{name} diff low"] = round(gap.mean - gap.half, 9)
-                told[f"{name} diff high"] = round(gap.mean + gap.half, 9)
+            told[f"{name} diff low"] = round(gap.mean - gap.half, 9)
+            told[f"{name} diff high"] = round(gap.mean + gap.half, 9)
         made.append(told)
     return made
 
 
-def plot(rows: Sequence[Method]) -> str:
-    """Differences to full with their intervals, a small plot a metric."""
-    full, others = rows[0], rows[:0:-1]
-    names = [name for name in PLOTTED if name in full.metrics]
-    figure = new_figure(12, 1.0 + 0.3 * len(others))
+def plot(gaps: Mapping[str, Mapping[str, Paired]]) -> str:
+    """Differences to full with their intervals over the cases, a small plot a metric."""
+    variants = list(gaps)[::-1]
+    names = [name for name in PLOTTED if any(name in each for each in gaps.values())]
+    figure = new_figure(12, 1.0 + 0.3 * len(variants))
     for place, name in enumerate(names, 1):
         axes = figure.add_subplot(1, len(names), place)
-        gaps = [difference(row, full, name) for row in others]
+        having = [variant for variant in variants if name in gaps[variant]]
         axes.axvline(0, color="#55636f", linewidth=1)
         axes.errorbar(
-            [float("nan") if gap is None else gap.mean for gap in gaps],
-            [row.name for row in others],
-            xerr=[0.0 if gap is None else gap.half or 0.0 for gap in gaps],
+            [gaps[variant][name].mean for variant in having],
+            having,
+            xerr=[gaps[variant][name].half for variant in having],
             fmt="o",
             color="#2f6f9f",
             capsize=3,
@@ -223,20 +247,22 @@ def run(args: argparse.Namespace) -> None:
     runs = [run_of(variants[name], name, seed) for name, seed in wanted]
     found = dict(zip(wanted, bench.complete(runs, args.force), strict=True))
     rows = rows_of(variants, {name: [found[name, seed] for seed in seeds] for name in variants})
+    made = dict(zip(wanted, runs, strict=True))
+    ranks = {row.name: [bench.ranks(made[row.name, seed]) for seed in seeds] for row in rows}
+    gaps = gaps_of(rows, variants, ranks)
     words = chain.about(bench, args.seeds)
-    sheets = [
-        results_sheet(rows, f"test cases of {words}", "variant"),
-        differences_sheet(rows, variants),
-    ]
+    results = results_sheet(rows, f"test cases of {words}", "variant")
+    sheets = [results, differences_sheet(gaps, variants)]
+    if args.seeds > 1:
+        sheets.append(seeds_sheet(rows))
     for sheet in sheets:
         sheet.show(chain.console)
-    chain.console.print(note(rows[0]))
     for name in sorted(set(variants) - {row.name for row in rows}):
         chain.console.print(f"{name}: left out, as in some seed there were no pairs for DPO")
     page = bench.root / "ablation.html"
-    write_page(page, "Ablation", f"{words}; {note(rows[0])}.", plot(rows), sheets, __doc__)
+    write_page(page, "Ablation", f"{words}.", plot(gaps), sheets, __doc__)
     if args.json is not None:
-        args.json.write_text(json.dumps(as_rows(rows, variants), indent=1) + "\n", "utf-8")
+        args.json.write_text(json.dumps(as_rows(rows, gaps, variants), indent=1) + "\n", "utf-8")
     chain.console.print(f"page: {page}", markup=False)
     chain.console.print(f"done in {time.monotonic() - began:.0f} s")
 

@@ -20,6 +20,7 @@ interrupted one goes on at the job where it stopped.
 
     <home>/benchmarks/chain/<source>/homes/<name>-<digest>/   state, and done.json
     <home>/benchmarks/chain/<source>/results/<digest>.json    table, seed, seconds of the jobs
+    <home>/benchmarks/chain/<source>/results/<digest>.parquet ranks of the test cases
     <home>/benchmarks/chain/<source>/logs/<name>-<digest>/    what each job said
 
 Knows nothing of what the jobs do, or of what the tables are compared for.
@@ -43,6 +44,9 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from rich.console import Console
 
 from jobs.airflow_server import interrupt_on_signals
@@ -50,6 +54,7 @@ from jobs.command import EXIT_NOTHING_TO_DO
 from jobs.run import days_of
 from leadre_lib.errors import LeadreError
 from leadre_lib.facts import remove, write_json
+from leadre_lib.lake import Lake
 from leadre_lib.settings import ENV_PREFIX, REPOSITORY, Settings, load_settings
 from leadre_lib.sources import open_source
 
@@ -288,6 +293,10 @@ class Chain:
             ) from None
         return [found["rows"] for found in map(self.result, runs) if found is not None]
 
+    def ranks(self, run: Run) -> pa.Table:
+        """The test cases' rows of `case_ranks` of a run that is done."""
+        return pq.read_table(self._result_path(run).with_suffix(".parquet"))
+
     def _complete(self, runs: Sequence[Run], force: bool) -> None:
         self._remove_others_homes()
         different = list({self._result_path(run): run for run in reversed(runs)}.values())[::-1]
@@ -361,14 +370,19 @@ class Chain:
 
         homes = self.homes(run)
         last = homes[-1]
-        rows = results_table(run.settings.model_copy(update={"home": last.path}), self.ds)
+        settings = run.settings.model_copy(update={"home": last.path})
+        rows = results_table(settings, self.ds)
         if not rows:
             raise LeadreError(
                 f"{run.name}, seed {run.seed}: nothing was evaluated on {self.ds}; the logs are in"
                 f" {self.root / 'logs' / last.path.name}"
             )
+        ranks = Lake(settings.lake).read("case_ranks", self.ds)
+        path = self._result_path(run)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(ranks.filter(pc.equal(ranks["split"], "test")), path.with_suffix(".parquet"))
         write_json(
-            self._result_path(run),
+            path,
             {
                 "variant": run.name,
                 "seed": run.seed,

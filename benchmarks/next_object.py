@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from leadre_lib.constraint_index import ConstraintIndex
 from leadre_lib.decoding import BeamDecoder
-from leadre_lib.evaluation import Histories, Rows, rank_metrics
+from leadre_lib.evaluation import Histories, Rows, ranked_in_lists
 from leadre_lib.model import (
     EOS_TOKEN,
     Meanings,
@@ -89,7 +89,7 @@ def hit_rate(
         MODEL.max_tokens,
     )
     found, _ = decoder.decode(_prompts(cases.histories, codes), TOP)
-    return rank_metrics(found, cases.target, len(codes))["HR@10"]
+    return ranked_in_lists(found, cases.target, len(codes)).metrics()["HR@10"]
 
 
 def _vectors(codebook: Codebook, tokens: int) -> np.ndarray:

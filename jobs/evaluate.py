@@ -2,7 +2,7 @@
 
 The validation cases decide which model challenges and whether it may be promoted, and what the
 challenger's lists are fused with other signals by; the test cases are reported. Every method ranks
-all active marketing objects. Writes `metrics` and the verdict.
+all active marketing objects. Writes `case_ranks`, `metrics` and the verdict.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from leadre_lib.constraint_index import ConstraintIndex
 from leadre_lib.contracts import load_contract
 from leadre_lib.embeddings import embed
 from leadre_lib.errors import LeadreError, NothingToDo
+from leadre_lib.evaluation import Ranked
 from leadre_lib.fusion import Factors, Fusion, Written, learn_signals
 from leadre_lib.generation import open_decoder, sid_sizes
 from leadre_lib.lake import Lake
@@ -88,8 +89,8 @@ def _fuse(
     past: comparison.Interactions,
     splits: dict[str, comparison.Cases],
     written: dict[str, Written],
-) -> tuple[Factors, dict[str, dict[str, float]]] | None:
-    """What a model's lists are fused with other signals by, and the metrics of each split; None
+) -> tuple[Factors, dict[str, Ranked]] | None:
+    """What a model's lists are fused with other signals by, and how that did on each split; None
     where there are too few validation cases to tell.
     """
     texts, exclude = ads.texts(), settings.evaluation.exclude_seen
@@ -109,7 +110,7 @@ def _fuse(
     of_test = comparison.fused_lists(fusion, factors, written["test"], splits["test"], exclude)
     lists = {"valid": of_valid, "test": of_test}
     return factors, {
-        split: comparison.list_metrics(lists[split], cases, ads) for split, cases in splits.items()
+        split: comparison.rank_lists(lists[split], cases, ads) for split, cases in splits.items()
     }
 
 
@@ -122,10 +123,8 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     ads = catalogue(lake.read("ads", ds), lake.read("ad_semantic_ids", ds), ds)
     sizes = sid_sizes(Codebook.load(settings.codebooks / ads.codebook).sizes, settings)
     index = ConstraintIndex.build(ads.codes, sizes, ads.active_objects, codebook=ads.codebook)
-    splits = {
-        split: comparison.cases_of(examples.filter(pc.equal(examples["split"], split)), ads)
-        for split in ("valid", "test")
-    }
+    asked = {s: examples.filter(pc.equal(examples["split"], s)) for s in ("valid", "test")}
+    splits = {split: comparison.cases_of(rows, ads) for split, rows in asked.items()}
     for split, cases in splits.items():
         if not len(cases):
             raise LeadreError(
@@ -146,12 +145,15 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     def write(model: Path, split: str) -> Written:
         return _write(settings, ads, model, splits[split], index)
 
-    def measure(written: Written, split: str) -> dict[str, float]:
-        return comparison.list_metrics(written.objects, splits[split], ads)
+    def measure(written: Written, split: str) -> Ranked:
+        return comparison.rank_lists(written.objects, splits[split], ads)
 
     all_models = dict(models) | ({"champion": champion.model} if champion else {})
     lists = {"valid": {stage: write(model, "valid") for stage, model in all_models.items()}}
-    measured = {stage: measure(written, "valid") for stage, written in lists["valid"].items()}
+    measured = {
+        stage: measure(written, "valid").metrics(splits["valid"].ecpm)
+        for stage, written in lists["valid"].items()
+    }
     theirs = measured.pop("champion", None)
     verdict = comparison.verdict(
         measured, champion.id if champion else None, theirs, settings.evaluation
@@ -167,7 +169,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     verdict["fusion_settings"] = fused and settings.fusion.model_dump()
     titles = embed(ads.objects["title"].to_pylist(), settings.embedding, settings.cache)
     baselines = comparison.baseline_scorers(past, titles, settings.sasrec, settings.seed)
-    rows = []
+    rows, ranks = [], []
     for split, cases in splits.items():
         results = {} if fused is None else {"leadre-fused": fused[1][split]}
         results |= {
@@ -175,15 +177,19 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
             for stage, written in lists[split].items()
         }
         for name, scorer in baselines.items():
-            results[name] = comparison.baseline_metrics(
+            results[name] = comparison.rank_baseline(
                 scorer, cases, ads, settings.evaluation.exclude_seen
             )
-        for method, metrics in results.items():
+        for method, ranked in results.items():
+            metrics = ranked.metrics(cases.ecpm)
+            ranks.append(comparison.rank_table(method, split, ranked, asked[split]))
             rows += comparison.metric_rows(method, split, metrics, len(cases))
             if split == "test":
                 print(f"{method:16} HR@10 {metrics['HR@10']:.4f} NDCG@10 {metrics['NDCG@10']:.4f}")
     table = pa.Table.from_pylist(rows, load_contract("metrics").arrow_schema())
+    places = pa.concat_tables(ranks).cast(load_contract("case_ranks").arrow_schema())
     with session(settings) as spark:
+        publish(spark, settings, lake, "case_ranks", ds, places)
         publish(spark, settings, lake, "metrics", ds, table)
     verdict |= {"codebook": ads.codebook, "template": template}
     facts.write_json(settings.work(ds) / "evaluation.json", verdict)

@@ -17,12 +17,13 @@ from leadre_lib.decoding import Decoder
 from leadre_lib.evaluation import (
     WEIGHTED_HR,
     Histories,
+    Ranked,
     Scorer,
     item_knn,
-    metrics_from_scores,
     nearest_titles,
     popularity,
-    rank_metrics,
+    ranked_by_scores,
+    ranked_in_lists,
 )
 from leadre_lib.fusion import Factors, Fusion, Written
 from leadre_lib.generation import decode_distinct
@@ -164,12 +165,10 @@ def baseline_scorers(
     return scorers
 
 
-def baseline_metrics(
-    scorer: Scorer, cases: Cases, catalogue: Catalogue, exclude_seen: bool
-) -> dict[str, float]:
-    """Metrics of a method that scores the whole catalogue."""
-    return metrics_from_scores(
-        scorer, cases.histories, cases.target, catalogue.active_objects, cases.ecpm, exclude_seen
+def rank_baseline(scorer: Scorer, cases: Cases, catalogue: Catalogue, exclude_seen: bool) -> Ranked:
+    """How a method did that scores the whole catalogue."""
+    return ranked_by_scores(
+        scorer, cases.histories, cases.target, catalogue.active_objects, exclude_seen
     )
 
 
@@ -181,10 +180,10 @@ def write_lists(decoder: Decoder, cases: Cases, exclude_seen: bool) -> Written:
     return Written(*decode_distinct(decoder, cases.prompts, decoder.settings.beam, exclude))
 
 
-def list_metrics(ranked: np.ndarray, cases: Cases, catalogue: Catalogue) -> dict[str, float]:
-    """Metrics of ranked objects [cases, k], best first."""
+def rank_lists(lists: np.ndarray, cases: Cases, catalogue: Catalogue) -> Ranked:
+    """How lists of objects [cases, k] did, best first, of which the first `TOP` count."""
     active = int(catalogue.active_objects.sum())
-    return rank_metrics(ranked[:, :TOP], cases.target, active, cases.ecpm)
+    return ranked_in_lists(lists[:, :TOP], cases.target, active)
 
 
 def fused_lists(
@@ -285,3 +284,25 @@ def metric_rows(
         {"method": method, "split": split, "metric": name, "value": round(value, 9), "cases": cases}
         for name, value in sorted(metrics.items())
     ]
+
+
+def rank_table(method: str, split: str, ranked: Ranked, examples: pa.Table) -> pa.Table:
+    """Ranks as rows of the contract `case_ranks`, without the day.
+
+    Args:
+        method: its name.
+        split: of the cases.
+        ranked: how the method did on them.
+        examples: rows of `eval_examples`, in the same order.
+    """
+    missed = ~np.isfinite(ranked.rank)
+    return pa.table(
+        {
+            "method": pa.repeat(method, len(examples)),
+            "case_id": examples["case_id"],
+            "split": pa.repeat(split, len(examples)),
+            "user_id": examples["user_id"],
+            "rank": pa.array(ranked.rank, pa.float64(), mask=missed),
+            "target_ecpm": examples["target_ecpm"],
+        }
+    )

@@ -120,31 +120,71 @@ class Histories:
 # --- metrics ------------------------------------------------------------------------------------
 
 
-def rank_metrics(
-    ranked: Rows,
-    target: Rows,
-    catalogue: int,
-    weight: Floats | None = None,
-    scores: Floats | None = None,
-    ks_hr: Sequence[int] = KS_HR,
-    ks_ndcg: Sequence[int] = KS_NDCG,
-) -> dict[str, float]:
-    """Metrics of ranked lists: one relevant item a case.
+@dataclass(frozen=True)
+class Ranked:
+    """How a method did on some cases, of one relevant item each.
+
+    Attributes:
+        rank: float64 [cases], the place of the relevant item from 1, k.5 for a tie, inf for a miss.
+        coverage: share of the active items that some top 10 holds.
+    """
+
+    rank: Floats
+    coverage: float
+
+    def metrics(self, ecpm: Floats | None = None) -> dict[str, float]:
+        """`HR@k`, `NDCG@k`, `coverage` and, where there is eCPM, `eCPM-weighted HR@10`.
+
+        Args:
+            ecpm: [cases], NaN where there is none.
+
+        Raises:
+            LeadreError: there are no cases.
+        """
+        if not len(self.rank):
+            raise LeadreError("evaluation: there are no cases to evaluate on")
+        gains = gains_of_cases(self.rank, ecpm).items()
+        means = {name: float(np.average(gain, weights=weight)) for name, (gain, weight) in gains}
+        return {**means, "coverage": self.coverage}
+
+
+def gains_of_cases(
+    rank: Floats, ecpm: Floats | None = None
+) -> dict[str, tuple[Floats, Floats | None]]:
+    """Metrics before their mean over the cases is taken: the gain of each case, and its weight.
+
+    Args:
+        rank: float64 [cases], as in `Ranked`.
+        ecpm: [cases], NaN where there is none.
+
+    Returns:
+        `HR@k`, `NDCG@k`, whose cases weigh the same (None), and `eCPM-weighted HR@10`, where some
+        case has an eCPM above 0: the others weigh nothing.
+    """
+    hits = {k: (rank <= k).astype(np.float64) for k in KS_HR}
+    gain = 1 / np.log2(rank + 1)
+    found: dict[str, tuple[Floats, Floats | None]] = {f"HR@{k}": (hits[k], None) for k in KS_HR}
+    found |= {f"NDCG@{k}": (np.where(rank <= k, gain, 0.0), None) for k in KS_NDCG}
+    weight = np.zeros(len(rank)) if ecpm is None else np.nan_to_num(ecpm)
+    if weight.sum() > 0:
+        found[WEIGHTED_HR] = (hits[10], weight)
+    return found
+
+
+def ranked_in_lists(
+    ranked: Rows, target: Rows, catalogue: int, scores: Floats | None = None
+) -> Ranked:
+    """How ranked lists did.
 
     Args:
         ranked: catalogue rows [cases, k], best first, -1 where a list is shorter. A k below the
             largest cut-off means that nothing follows.
         target: the relevant row [cases]; one that is never ranked (such as -1) is a miss.
         catalogue: how many items are active: what coverage is a share of.
-        weight: eCPM [cases], NaN where there is none.
         scores: [cases, k], only checked.
 
-    Returns:
-        `HR@k`, `NDCG@k`, `coverage` (share of the active items that some top 10 holds) and, where
-        a case has a weight, `eCPM-weighted HR@10`. Means over all cases.
-
     Raises:
-        LeadreError: a score is not finite, a list holds an item twice, or there are no cases.
+        LeadreError: a score is not finite, or a list holds an item twice.
     """
     if scores is not None:
         _require_finite(np.where(ranked >= 0, scores, 0.0))
@@ -153,38 +193,29 @@ def rank_metrics(
         raise LeadreError("evaluation: a ranked list holds an item twice")
     hit = (ranked == target[:, None]) & (ranked >= 0)
     rank = np.where(hit.any(1), hit.argmax(1) + 1.0, np.inf)
-    return {
-        **_metrics_from_ranks(rank, weight, ks_hr, ks_ndcg),
-        "coverage": _coverage(ranked, catalogue),
-    }
+    return Ranked(rank, _coverage(ranked, catalogue))
 
 
-def metrics_from_scores(
+def ranked_by_scores(
     scorer: Scorer,
     histories: Histories,
     target: Rows,
     active: Mask,
-    weight: Floats | None = None,
     exclude_seen: bool = False,
-    ks_hr: Sequence[int] = KS_HR,
-    ks_ndcg: Sequence[int] = KS_NDCG,
-) -> dict[str, float]:
-    """Metrics of a method that scores the whole catalogue; the target's ties count half.
+) -> Ranked:
+    """How a method did that scores the whole catalogue; the target's ties count half.
 
     The target's rank is 1 + how many active items score higher + half of the others that score
     the same. Coverage takes ties in the order of the rows.
 
     Args:
         scorer: gives the scores, some cases at a time.
-        histories, target, weight: the cases; see `rank_metrics`.
+        histories, target: the cases; see `ranked_in_lists`.
         active: bool [catalogue]: what may be ranked. A target that may not is a miss.
         exclude_seen: also leave out what is in the case's own history.
 
-    Returns:
-        As `rank_metrics`.
-
     Raises:
-        LeadreError: a score is not finite, or there are no cases.
+        LeadreError: a score is not finite.
     """
     step = max(1, CHUNK_SCORES // max(len(active), 1))
     ranks, tops = [np.empty(0)], [np.empty((0, COVERAGE_K), np.int64)]
@@ -193,10 +224,7 @@ def metrics_from_scores(
         scores = _masked_scores(scorer, part, active, exclude_seen)
         ranks.append(_ranks(scores, target[start : start + step]))
         tops.append(_top_k(scores, COVERAGE_K))
-    return {
-        **_metrics_from_ranks(np.concatenate(ranks), weight, ks_hr, ks_ndcg),
-        "coverage": _coverage(np.concatenate(tops), int(active.sum())),
-    }
+    return Ranked(np.concatenate(ranks), _coverage(np.concatenate(tops), int(active.sum())))
 
 
 def recommend(
@@ -299,21 +327,6 @@ def nearest_titles(embeddings: npt.NDArray[np.float32], decay: float = DECAY) ->
 
 
 # --- parts --------------------------------------------------------------------------------------
-
-
-def _metrics_from_ranks(
-    rank: Floats, weight: Floats | None, ks_hr: Sequence[int], ks_ndcg: Sequence[int]
-) -> dict[str, float]:
-    """`rank` [cases] starts at 1, is inf for a miss and k.5 for a tie."""
-    if not len(rank):
-        raise LeadreError("evaluation: there are no cases to evaluate on")
-    metrics = {f"HR@{k}": float((rank <= k).mean()) for k in ks_hr}
-    gain = 1 / np.log2(rank + 1)
-    metrics |= {f"NDCG@{k}": float(np.where(rank <= k, gain, 0.0).mean()) for k in ks_ndcg}
-    known = np.zeros(len(rank), bool) if weight is None else np.isfinite(weight)
-    if weight is not None and weight[known].sum() > 0:
-        metrics[WEIGHTED_HR] = float(np.average(rank[known] <= 10, weights=weight[known]))
-    return metrics
 
 
 def _masked_scores(

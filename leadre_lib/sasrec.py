@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leadre_lib.errors import LeadreError
-from leadre_lib.evaluation import Floats, Histories, Rows, Scorer, metrics_from_scores
+from leadre_lib.evaluation import Floats, Histories, Rows, Scorer, ranked_by_scores
 from leadre_lib.settings import SasrecSettings
 
 LOGITS = 1 << 25  # of a training batch at most (128 MiB): a large catalogue has smaller batches
@@ -246,7 +246,7 @@ def _train(
             optimizer.step()
         if not len(held):
             continue
-        found = metrics_from_scores(scorer(model), held, target, everything)[CHOSEN_BY]
+        found = ranked_by_scores(scorer(model), held, target, everything).metrics()[CHOSEN_BY]
         if found > best:
             best, best_epoch, weights = found, epoch, copy.deepcopy(model.state_dict())
         elif epoch - best_epoch >= settings.patience:

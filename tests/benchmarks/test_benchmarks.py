@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from scipy import stats
 
@@ -175,8 +176,6 @@ def test_the_binomial_interval_is_wilsons(hits: int, cases: int) -> None:
     found = seeds.binomial_interval("HR@10", hits / cases, cases)
     assert found == pytest.approx((expected.low, expected.high), abs=1e-6)
     assert seeds.binomial_interval("coverage", 0.5, cases) is None
-    assert seeds.binomial_error("eCPM-weighted HR@10", 0.5, cases) is None
-    assert seeds.binomial_error("NDCG@10", 0.5, cases) == pytest.approx(math.sqrt(0.25 / cases))
 
 
 def test_stages_have_their_own_names_whichever_challenged() -> None:
@@ -272,16 +271,68 @@ def test_ablation_compares_the_stage_of_each_variant_with_full() -> None:
     }
     rows = ablation.rows_of(variants, tables)
     assert [entry.name for entry in rows] == ["full", "sft-only", "without-profile"]
-    told = {entry["method"]: entry for entry in ablation.as_rows(rows, variants)}
+    of_full = {"leadre": [1, None, 3, None], "leadre-sft": [None, None, 3, 11]}
+    ranks = {"full": [ranks_of(of_full)] * 2, "sft-only": [ranks_of(of_full)] * 2}
+    ranks["without-profile"] = [ranks_of({"leadre": [1, 2, 3, 4]})] * 2
+    gaps = ablation.gaps_of(rows, variants, ranks)
+    assert gaps["sft-only"]["HR@10"].mean == pytest.approx(-0.25)
+    assert gaps["without-profile"]["HR@10"].mean == pytest.approx(0.5)
+    told = {entry["method"]: entry for entry in ablation.as_rows(rows, gaps, variants)}
     assert "HR@10 diff" not in told["full"]
     assert told["sft-only"]["HR@10"] == pytest.approx(0.2)
-    assert told["without-profile"]["HR@10 diff"] == pytest.approx(-0.2)
-    assert told["without-profile"]["HR@10 diff low"] == pytest.approx(-0.2)
     low, high = (told["sft-only"][f"HR@10 diff {end}"] for end in ("low", "high"))
-    assert low < told["sft-only"]["HR@10 diff"] < high
-    sheet = ablation.differences_sheet(rows, variants)
+    assert (low + high) / 2 == pytest.approx(-0.25)
+    assert low < high
+    sheet = ablation.differences_sheet(gaps, variants)
     assert [line[0] for line in sheet.rows] == ["sft-only", "without-profile"]
-    assert "100 cases" in ablation.note(rows[0])
+    by_seed = {line[0]: line for line in ablation.seeds_sheet(rows).rows}
+    place = ["variant", *seeds.metric_names(rows)].index("HR@10")
+    assert by_seed["without-profile"][place].startswith("-0.2000 ± 0.0000")
+
+
+def ranks_of(
+    methods: dict[str, list[float | None]], ecpm: float | None = 2.0, prefix: str = "case"
+) -> pa.Table:
+    """Rows of `case_ranks`: the places of each method's cases, two of which are one user's."""
+    return pa.Table.from_pylist(
+        [
+            {"method": method, "case_id": f"{prefix}-{n}", "user_id": f"user-{n // 2}"}
+            | {"rank": place and float(place), "target_ecpm": ecpm}
+            for method, places in methods.items()
+            for n, place in enumerate(places)
+        ],
+        pa.schema(
+            [(name, pa.string()) for name in ("method", "case_id", "user_id")]
+            + [(name, pa.float64()) for name in ("rank", "target_ecpm")]
+        ),
+    )
+
+
+def test_paired_differences_have_the_error_of_users() -> None:
+    rng = np.random.default_rng(0)
+    own, other = (rng.integers(1, 21, 400).tolist() for _ in range(2))
+    one, two = ranks_of({"leadre": own}), ranks_of({"leadre": other})
+    shuffled = two.take(pa.array(rng.permutation(400)))
+    found = seeds.paired([one], [shuffled])["HR@10"]
+    gap = (np.array(own) <= 10).astype(float) - (np.array(other) <= 10)
+    assert found.mean == pytest.approx(gap.mean())
+    of_users = gap.reshape(200, 2).mean(axis=1)
+    assert found.half == pytest.approx(1.96 * of_users.std() / math.sqrt(200), rel=1e-4)
+    # The same users asked again are no news.
+    assert seeds.paired([one, one], [two, two])["HR@10"].half == pytest.approx(found.half)
+    assert seeds.paired([one], [one])["NDCG@10"] == seeds.Paired(0.0, 0.0)
+
+
+def test_paired_values_weigh_by_ecpm_and_only_the_same_cases_are_compared() -> None:
+    cheap, dear = ranks_of({"x": [1, None]}, 1.0, "cheap"), ranks_of({"x": [None, 1]}, 9.0, "dear")
+    none = ranks_of({"x": [1, 1]}, None, "free")
+    own = pa.concat_tables([cheap, dear, none])
+    other = own.set_column(3, "rank", pa.array([None] * 6, pa.float64()))
+    value = seeds.paired([own], [other])["eCPM-weighted HR@10"]
+    assert value.mean == pytest.approx(10 / 20)
+    assert "eCPM-weighted HR@10" not in seeds.paired([none], [none])
+    with pytest.raises(LeadreError, match="other cases"):
+        seeds.paired([cheap], [dear])
 
 
 def test_pages_hold_the_tables_and_a_picture(tmp_path: Path) -> None:
@@ -291,8 +342,9 @@ def test_pages_hold_the_tables_and_a_picture(tmp_path: Path) -> None:
     ]
     rows = seeds.methods(tables)
     sheet = quality.results_sheet(rows, "a < b")
-    for draw in (quality.plot, ablation.plot):
-        page.write_page(tmp_path / "x.html", "Title", "words", draw(rows), [sheet], "about")
+    gaps = {"sft-only": {"HR@10": seeds.Paired(0.1, 0.2)}, "without-profile": {}}
+    for picture in (quality.plot(rows), ablation.plot(gaps)):
+        page.write_page(tmp_path / "x.html", "Title", "words", picture, [sheet], "about")
         text = (tmp_path / "x.html").read_text("utf-8")
         assert "<svg" in text
         assert "a &lt; b" in text

@@ -141,6 +141,24 @@ def test_candidates_are_active_ads_of_every_active_user(world: Settings, day: dt
     assert len(mine) == int(sold.sum())
 
 
+def test_metrics_are_the_means_of_the_ranks_of_cases(world: Settings, day: dt.date) -> None:
+    lake = Lake(world.lake)
+    ranks, cases = lake.read("case_ranks", day), lake.read("eval_examples", day)
+    asked = dict(zip(cases["case_id"].to_pylist(), cases["user_id"].to_pylist(), strict=True))
+    rows = lake.read("metrics", day).filter(pc.equal(lake.read("metrics", day)["metric"], "HR@10"))
+    for row in rows.to_pylist():
+        mine = ranks.filter(
+            pc.and_(
+                pc.equal(ranks["method"], row["method"]), pc.equal(ranks["split"], row["split"])
+            )
+        )
+        assert len(mine) == row["cases"]
+        hits = pc.less_equal(pc.fill_null(mine["rank"], np.inf), 10)
+        assert pc.mean(hits.cast("float64")).as_py() == pytest.approx(row["value"])
+    found = zip(ranks["case_id"].to_pylist(), ranks["user_id"].to_pylist(), strict=True)
+    assert set(found) == set(asked.items())
+
+
 def test_objects_keep_their_ids_and_no_two_share_one(world: Settings, day: dt.date) -> None:
     lake = Lake(world.lake)
     before = lake.read("ad_semantic_ids", day - dt.timedelta(days=1)).to_pylist()

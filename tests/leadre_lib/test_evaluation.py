@@ -13,10 +13,10 @@ from leadre_lib.evaluation import (
     Scorer,
     drop_seen,
     item_knn,
-    metrics_from_scores,
     nearest_titles,
     popularity,
-    rank_metrics,
+    ranked_by_scores,
+    ranked_in_lists,
     recommend,
 )
 
@@ -29,10 +29,12 @@ def fixed(scores: list[list[float]]) -> Scorer:
     return lambda histories: table
 
 
-def test_rank_metrics_by_hand() -> None:
+def test_metrics_by_hand() -> None:
     ranked = np.array([[7, 3, 5], [1, 2, -1], [4, 5, 6], [7, 0, 2]])
     target = np.array([7, 2, 9, 2])  # ranks 1, 2, none, 3
-    metrics = rank_metrics(ranked, target, catalogue=10, weight=np.array([1.0, 4.0, 5.0, np.nan]))
+    found = ranked_in_lists(ranked, target, catalogue=10)
+    assert found.rank.tolist() == [1, 2, math.inf, 3]
+    metrics = found.metrics(np.array([1.0, 4.0, 5.0, np.nan]))
     assert metrics["HR@1"] == 0.25
     assert metrics["HR@3"] == metrics["HR@10"] == 0.75
     assert metrics["NDCG@3"] == pytest.approx((1 + 1 / math.log2(3) + 1 / 2) / 4)
@@ -41,25 +43,25 @@ def test_rank_metrics_by_hand() -> None:
 
 
 def test_a_target_outside_the_catalogue_never_matches_padding() -> None:
-    metrics = rank_metrics(np.array([[0, -1]]), np.array([-1]), catalogue=1)
+    metrics = ranked_in_lists(np.array([[0, -1]]), np.array([-1]), catalogue=1).metrics()
     assert metrics["HR@10"] == 0
     assert "eCPM-weighted HR@10" not in metrics
 
 
-def test_rank_metrics_refuses_nan_twins_and_nothing() -> None:
+def test_metrics_refuses_nan_twins_and_nothing() -> None:
     one, target = np.array([[0, -1]]), np.array([0])
     with pytest.raises(LeadreError, match="not finite"):
-        rank_metrics(one, target, 1, scores=np.array([[np.nan, 0.0]]))
-    rank_metrics(one, target, 1, scores=np.array([[0.5, -np.inf]]))  # padding has no score
+        ranked_in_lists(one, target, 1, scores=np.array([[np.nan, 0.0]]))
+    ranked_in_lists(one, target, 1, scores=np.array([[0.5, -np.inf]]))  # padding has no score
     with pytest.raises(LeadreError, match="twice"):
-        rank_metrics(np.array([[2, 1, 2]]), target, 3)
+        ranked_in_lists(np.array([[2, 1, 2]]), target, 3)
     with pytest.raises(LeadreError, match="no cases"):
-        rank_metrics(np.empty((0, 3), int), np.empty(0, int), 3)
+        ranked_in_lists(np.empty((0, 3), int), np.empty(0, int), 3).metrics()
 
 
 def test_ties_count_half() -> None:
     # One item above, three tie with the target: its rank is 2 + 2 / 2 = 3.
-    metrics = metrics_from_scores(fixed([[9.0, 1.0, 1.0, 1.0]]), NOBODY, np.array([1]), ALL)
+    metrics = ranked_by_scores(fixed([[9.0, 1.0, 1.0, 1.0]]), NOBODY, np.array([1]), ALL).metrics()
     assert metrics["HR@1"] == 0
     assert metrics["HR@3"] == 1
     assert metrics["NDCG@3"] == pytest.approx(1 / 2)
@@ -68,21 +70,21 @@ def test_ties_count_half() -> None:
 def test_scores_that_are_not_finite_are_refused() -> None:
     for bad in (np.nan, np.inf, -np.inf):
         with pytest.raises(LeadreError, match="1 of 4 scores are not finite"):
-            metrics_from_scores(fixed([[0.0, bad, 0.0, 0.0]]), NOBODY, np.array([0]), ALL)
+            ranked_by_scores(fixed([[0.0, bad, 0.0, 0.0]]), NOBODY, np.array([0]), ALL)
 
 
 def test_only_active_items_are_ranked_and_seen_ones_on_request() -> None:
     scorer, target = fixed([[4.0, 3.0, 2.0, 1.0]]), np.array([2])
     seen = Histories.of([[1]])
     active = np.array([False, True, True, True])
-    assert metrics_from_scores(scorer, seen, target, ALL)["HR@1"] == 0
-    assert metrics_from_scores(scorer, seen, target, active)["NDCG@3"] == pytest.approx(
+    assert ranked_by_scores(scorer, seen, target, ALL).metrics()["HR@1"] == 0
+    assert ranked_by_scores(scorer, seen, target, active).metrics()["NDCG@3"] == pytest.approx(
         1 / math.log2(3)
     )
-    assert metrics_from_scores(scorer, seen, target, active, exclude_seen=True)["HR@1"] == 1
-    stopped = metrics_from_scores(scorer, seen, np.array([0]), active)
+    assert ranked_by_scores(scorer, seen, target, active, exclude_seen=True).metrics()["HR@1"] == 1
+    stopped = ranked_by_scores(scorer, seen, np.array([0]), active).metrics()
     assert stopped["HR@10"] == 0
-    unknown = metrics_from_scores(scorer, seen, np.array([-1]), active)
+    unknown = ranked_by_scores(scorer, seen, np.array([-1]), active).metrics()
     assert unknown["HR@10"] == 0
     assert unknown["coverage"] == 1
     assert recommend(scorer, seen, active, 3, exclude_seen=True).tolist() == [[2, 3, -1]]
@@ -95,9 +97,9 @@ def test_lists_and_scores_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     target, active = rng.integers(0, 50, 40), rng.random(50) < 0.8
     monkeypatch.setattr("leadre_lib.evaluation.CHUNK_SCORES", 50 * 7)  # 7 cases at a time
     scorer = nearest_titles(vectors)
-    by_score = metrics_from_scores(scorer, histories, target, active, exclude_seen=True)
+    by_score = ranked_by_scores(scorer, histories, target, active, exclude_seen=True).metrics()
     ranked = drop_seen(recommend(scorer, histories, active, 20), histories)
-    assert by_score == pytest.approx(rank_metrics(ranked, target, int(active.sum())))
+    assert by_score == pytest.approx(ranked_in_lists(ranked, target, int(active.sum())).metrics())
     assert by_score["HR@10"] > 0
 
 

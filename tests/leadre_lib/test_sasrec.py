@@ -10,7 +10,7 @@ import torch
 
 from leadre_lib import sasrec as module
 from leadre_lib.errors import LeadreError
-from leadre_lib.evaluation import Histories, Rows, metrics_from_scores, popularity
+from leadre_lib.evaluation import Histories, Ranked, Rows, popularity, ranked_by_scores
 from leadre_lib.sasrec import Sasrec, sasrec, scorer
 from leadre_lib.settings import SasrecSettings
 
@@ -47,9 +47,9 @@ def test_it_learns_an_order_that_popularity_cannot() -> None:
     paths = walks(60, 6, seed=1)
     cases, target, all_items = Histories.of(paths[:, :-1]), paths[:, -1], np.ones(ITEMS, bool)
     learnt = sasrec(users, rows, ITEMS, settings(epochs=40), 3)
-    assert metrics_from_scores(learnt, cases, target, all_items)["HR@1"] > 0.9
+    assert ranked_by_scores(learnt, cases, target, all_items).metrics()["HR@1"] > 0.9
     counted = popularity(rows, ITEMS)
-    assert metrics_from_scores(counted, cases, target, all_items)["HR@1"] < 0.3
+    assert ranked_by_scores(counted, cases, target, all_items).metrics()["HR@1"] < 0.3
 
 
 def test_the_order_within_a_long_history_is_learned_window_by_window() -> None:
@@ -155,7 +155,7 @@ def test_the_best_epoch_is_kept_and_patience_ends_the_search(
     users, rows = flat(walks(30, 5))
     cases = Histories.of(walks(5, 4))
     best = sasrec(users, rows, ITEMS, settings(epochs=2), 3)(cases)
-    monkeypatch.setattr(module, "metrics_from_scores", lambda *_: {"NDCG@10": next(judged)})
+    monkeypatch.setattr(Ranked, "metrics", lambda _: {"NDCG@10": next(judged)})
     kept = sasrec(users, rows, ITEMS, settings(epochs=50, patience=2), 3)(cases)
     assert (kept == best).all()
     assert list(judged) == [0.9]  # the fifth epoch was never reached
