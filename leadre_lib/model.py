@@ -41,7 +41,6 @@ from leadre_lib.settings import ModelSettings
 EOS_TOKEN = "<|endoftext|>"  # noqa: S105
 PAD_TOKEN = "<|pad|>"  # noqa: S105
 disable_progress_bar()  # a bar for every file read or written drowns a job's log
-TEXTS_AT_A_TIME = 8192  # held as Python lists of tokens
 SID_PATTERN = re.compile(r"<([a-z])_(\d+)>")
 
 
@@ -79,38 +78,31 @@ class Meanings:
         sids = _sid_tokens_of(tokenizer)
         if len(sids) != len(self.sid_vectors):
             raise LeadreError(f"{len(self.sid_vectors)} vectors for {len(sids)} Semantic ID tokens")
-        texts, codes = self._counts(tokenizer)
-        share = codes / np.maximum(texts, 1)[:, None]
-        everywhere = np.bincount(self.semantic_ids.ravel(), minlength=len(sids))
-        share -= everywhere / max(len(self.texts), 1)
-        vectors = share @ np.nan_to_num(self.sid_vectors.astype(np.float64))
-        vectors[texts == 0] = np.nan
+        vectors = np.full((len(tokenizer), self.sid_vectors.shape[1]), np.nan)
+        if len(self.texts):
+            occurs = _occurrences(self.texts, tokenizer)
+            count = occurs.sum(axis=0)
+            levels = np.arange(len(self.texts) + 1) * self.semantic_ids.shape[1]
+            codes = sparse.csr_array(
+                (np.ones(self.semantic_ids.size), self.semantic_ids.ravel(), levels),
+                shape=(len(self.texts), len(sids)),
+            )
+            share = (occurs.T @ codes).toarray()[count > 0] / count[count > 0, None]
+            share -= codes.mean(axis=0)
+            vectors[count > 0] = share @ np.nan_to_num(self.sid_vectors.astype(np.float64))
         vectors[tokenizer.all_special_ids] = np.nan
         vectors[_token_ids(tokenizer, sids)] = self.sid_vectors
         return vectors
 
-    def _counts(self, tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:
-        """In how many texts each token occurs [tokens], and how often their Semantic IDs have each
-        code [tokens, SID tokens].
-        """
-        texts, codes = (np.zeros((len(tokenizer), n)) for n in (1, len(self.sid_vectors)))
-        for start in range(0, len(self.texts), TEXTS_AT_A_TIME):
-            part = slice(start, start + TEXTS_AT_A_TIME)
-            ids = tokenizer(list(self.texts[part]), add_special_tokens=False)["input_ids"]
-            occurs = _incidence(ids, len(tokenizer)).T
-            texts += occurs.sum(axis=1)[:, None]
-            codes += (occurs @ _incidence(self.semantic_ids[part], codes.shape[1])).toarray()
-        return texts[:, 0], codes
 
+def _occurrences(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> sparse.csr_array:
+    """1 where a text has a token, however often, [texts, tokens]."""
+    from sklearn.feature_extraction.text import CountVectorizer  # a second that ranks do without
 
-def _incidence(rows: Sequence[Sequence[int]] | np.ndarray, width: int) -> sparse.csr_array:
-    """1 where a row has that number, however often; float64 [rows, width]."""
-    lengths = [len(row) for row in rows]
-    where = np.repeat(np.arange(len(rows)), lengths)
-    numbers = np.concatenate([np.asarray(row, np.int64) for row in rows])
-    found = sparse.csr_array((np.ones(len(where)), (where, numbers)), shape=(len(rows), width))
-    found.data[:] = 1.0  # the constructor has added up
-    return found
+    counter = CountVectorizer(
+        analyzer=tokenizer.tokenize, vocabulary=tokenizer.get_vocab(), binary=True
+    )
+    return sparse.csr_array(counter.transform(texts))
 
 
 def sid_tokens(sizes: Sequence[int]) -> list[str]:
