@@ -467,6 +467,9 @@ def test_training_goes_on_in_other_words_with_a_warning(
         "ad_id": "rug-red-0",
         "codebook": champion(settings).codebook,
     }
+    land(Lake(settings.lake), NEXT, raw_ads=shop(), raw_ad_events=[])
+    curate.run(args(ds=NEXT), settings)
+    semantic_ids.run(args(ds=NEXT), settings)
     caplog.set_level(logging.WARNING)
     for template, warned in (("en-1", False), ("zh-1", True)):
         publish(settings, "sft_examples", NEXT, {**example, "template": template})
