@@ -42,10 +42,16 @@ from rich.console import Console
 from rich.table import Table
 
 from leadre_lib.model import load, sid_tokens
-from leadre_lib.packing import NO_LABEL, PADDING, attention_mask
+from leadre_lib.packing import NO_LABEL, attention_mask
 from leadre_lib.settings import ModelSettings, Settings, SftSettings
 from leadre_lib.training import prepare_sft, rank_arguments
-from leadre_lib.training_rank import Rows, collate, open_trainer, warmup_steps
+from leadre_lib.training_rank import (
+    Rows,
+    collate,
+    open_trainer,
+    tokens_and_targets,
+    warmup_steps,
+)
 
 SIZES = (64, 64, 64, 8)  # codes of the levels
 TITLE_WORDS = 4
@@ -81,12 +87,18 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     parser.add_argument("--model", choices=MODELS, default="embedded", help="from scratch")
     parser.add_argument("--peak-tflops", type=float, help="of the device: adds `of peak`")
+    parser.add_argument(
+        "--loss-on",
+        choices=("semantic_ids", "response"),
+        default="semantic_ids",
+        help="as sft.loss_on (default semantic_ids)",
+    )
     parser.add_argument("--no-two-ranks", action="store_true", help="leave that row out")
     for name, value, text in (
         ("users", 600, "of whom examples are made up"),
         ("behaviours", 14, "that a prompt tells, at 12 tokens or so"),
         ("targets", 8, "of a prompt"),
-        ("rows", 16, "packed rows a step, all ranks together"),
+        ("rows", 8, "packed rows a step, all ranks together"),
         ("steps", 3, "of a turn"),
         ("turns", 8, "that are measured"),
         ("warm-up", 2, "turns that are not"),
@@ -214,7 +226,8 @@ def train_bare(folder: Path, turns: Turns) -> None:
             break
         numbers = range(step * section.batch_size, (step + 1) * section.batch_size)
         batch = collate([rows[row] for row in numbers], padding)
-        tokens, targets = counted(batch)
+        counts = tokens_and_targets(batch["documents"], batch["branches"])
+        tokens, targets = counts.tolist()
         batch = {name: values.to(device) for name, values in batch.items()}
         with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
             loss = bare_loss(model, batch)
@@ -239,14 +252,6 @@ def bare_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     logits = model.lm_head(hidden[:, :-1][chosen]).float()
     losses = torch.nn.functional.cross_entropy(logits, targets[chosen], reduction="none")
     return (losses * batch["weights"][:, 1:][chosen]).mean()
-
-
-def counted(batch: dict[str, torch.Tensor]) -> tuple[int, int]:
-    """Tokens that are not padding, and answers, each of which ends in one labelled end of text."""
-    real = batch["documents"] != PADDING
-    labels = batch["labels"] != NO_LABEL
-    ends = labels & ~torch.nn.functional.pad(labels[:, 1:], (0, 1))
-    return int(real.sum()), int(ends.sum())
 
 
 class Method:
@@ -300,7 +305,7 @@ def prepare(table: pa.Table, work: Path, ranks: int, args: argparse.Namespace) -
     section = SftSettings(
         ranks=ranks,
         batch_size=args.rows // ranks,
-        loss_on="response",
+        loss_on=args.loss_on,
         max_steps=steps,
         checkpoint_steps=steps + 1,
         deepspeed="deepspeed_gpu.json" if gpu else "deepspeed_cpu.json",

@@ -145,7 +145,7 @@ def _arguments(folder: Path, section: TrainingSettings, seed: int, examples: int
         "weight_decay": section.weight_decay,
         "adam_beta2": section.adam_beta2,
         "max_grad_norm": 1.0,
-        "optim": "adamw_torch",
+        "optim": "adamw_torch_fused",
         "save_steps": section.checkpoint_steps,
         "save_total_limit": 2,
         "logging_steps": 1,  # means over steps would differ after a resume
@@ -209,6 +209,15 @@ def collate(rows: list[dict[str, np.ndarray]], padding: int) -> dict[str, torch.
     return batch
 
 
+def tokens_and_targets(documents: torch.Tensor, branches: torch.Tensor) -> torch.Tensor:
+    """How many tokens of a batch [rows, tokens] are no padding, and how many answers they hold."""
+    opens = torch.ones_like(branches, dtype=torch.bool)
+    opens[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    opens[:, 1:] |= branches[:, 1:] != branches[:, :-1]
+    real = documents != PADDING
+    return torch.stack([real.sum(), (opens & real & (branches != SHARED)).sum()])
+
+
 class PackedTrainer(SFTTrainer):
     """SFT on packed rows: the loss is the mean over the step's labels, each with its weight."""
 
@@ -237,11 +246,7 @@ class PackedTrainer(SFTTrainer):
         loss = -weighted.sum() / torch.as_tensor(labels).clamp(min=1)
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
-        opens = torch.ones_like(branches, dtype=torch.bool)
-        opens[:, 1:] = documents[:, 1:] != documents[:, :-1]
-        opens[:, 1:] |= branches[:, 1:] != branches[:, :-1]
-        real = documents != PADDING
-        counts = torch.stack([real.sum(), (opens & real & (branches != SHARED)).sum()])
+        counts = tokens_and_targets(documents, branches)
         tokens, targets = self.accelerator.gather(counts[None]).sum(0).tolist()
         self.counts = tokens, targets
         return (loss, outputs) if return_outputs else loss

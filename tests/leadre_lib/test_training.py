@@ -593,11 +593,14 @@ def test_adapters_go_on_after_a_stop(
     assert_same(*folders)
 
 
-def test_partitioned_weights_give_the_same_model(
-    trained: Path, examples: pa.Table, settings: Settings, tmp_path: Path
+@pytest.mark.parametrize("stage", [2, 3])
+def test_what_zero_parts_gives_the_same_model(
+    trained: Path, examples: pa.Table, settings: Settings, tmp_path: Path, stage: int
 ) -> None:
-    """ZeRO-3 parts the weights; all ranks' together are those of ZeRO-2, validation's too."""
-    section = settings.sft.model_copy(update={"deepspeed": "deepspeed_cpu_zero3.json"})
+    """ZeRO-2 parts gradients and optimizer state, ZeRO-3 the weights, too; all ranks' together are
+    those of ranks that part nothing, validation's too.
+    """
+    section = settings.sft.model_copy(update={"deepspeed": f"deepspeed_cpu_zero{stage}.json"})
     parted = settings.model_copy(update={"sft": section})
     prepare(examples, tmp_path, parted)
     training.run_ranks("sft", tmp_path, parted)
