@@ -10,8 +10,9 @@ fractions as fractions:
 - `coverage`: share of the active objects that some list of ten holds.
 - `eCPM-weighted HR@10`: each case weighs what its ad is worth; only where ads have an eCPM.
 
-`leadre` is the stage that validation cases chose in each seed, `leadre-sft` the model before DPO
-and `leadre-dpo` the one after it, where they differ from `leadre`.
+`leadre-fused` is what is served, `leadre-signals` the same without a model. `leadre` is the model
+alone, of the stage that validation cases chose in each seed, `leadre-sft` the model before DPO and
+`leadre-dpo` the one after it, where they differ from `leadre`.
 
 A second table says who is first in each column, and sets the best of our rows against the best of
 all others: with the 95 % interval of our value by the number of cases (binomial, Wilson; for NDCG

@@ -24,7 +24,7 @@ from leadre_lib.contracts import load_contract
 from leadre_lib.embeddings import embed
 from leadre_lib.errors import LeadreError, NothingToDo
 from leadre_lib.evaluation import Ranked
-from leadre_lib.fusion import Factors, Fusion, Written, learn_signals
+from leadre_lib.fusion import Factors, Fusion, Written, learn_signals, nothing_written
 from leadre_lib.generation import open_decoder, sid_sizes
 from leadre_lib.lake import Lake
 from leadre_lib.quality import publish
@@ -89,9 +89,9 @@ def _fuse(
     past: comparison.Interactions,
     splits: dict[str, comparison.Cases],
     written: dict[str, Written],
-) -> tuple[Factors, dict[str, Ranked]] | None:
-    """What a model's lists are fused with other signals by, and how that did on each split; None
-    where there are too few validation cases to tell.
+) -> tuple[Factors, dict[str, dict[str, Ranked]]] | None:
+    """What a model's lists are fused with other signals by, and how that did on each split, beside
+    the signals without a model; None where there are too few validation cases to tell.
     """
     texts, exclude = ads.texts(), settings.evaluation.exclude_seen
     meaning = EmbeddingIndex.build(embed(texts, settings.embedding, settings.cache))
@@ -103,15 +103,25 @@ def _fuse(
     )
     groups = groups_of(ads, settings.decoding.group_by)
     fusion = Fusion(signals, active, settings.fusion, groups, settings.decoding.max_per_group)
-    found = comparison.fit_fusion(fusion, learnt, written["valid"], splits["valid"], exclude)
-    if found is None:
+
+    def measure(lists: dict[str, Written]) -> tuple[Factors, dict[str, Ranked]] | None:
+        found = comparison.fit_fusion(fusion, learnt, lists["valid"], splits["valid"], exclude)
+        if found is None:
+            return None
+        factors, of_valid = found
+        of_test = comparison.fused_lists(fusion, factors, lists["test"], splits["test"], exclude)
+        fused = {"valid": of_valid, "test": of_test}
+        ranked = {
+            split: comparison.rank_lists(fused[split], cases, ads)
+            for split, cases in splits.items()
+        }
+        return factors, ranked
+
+    whole = measure(written)
+    without = measure({split: nothing_written(len(cases)) for split, cases in splits.items()})
+    if whole is None or without is None:
         return None
-    factors, of_valid = found
-    of_test = comparison.fused_lists(fusion, factors, written["test"], splits["test"], exclude)
-    lists = {"valid": of_valid, "test": of_test}
-    return factors, {
-        split: comparison.rank_lists(lists[split], cases, ads) for split, cases in splits.items()
-    }
+    return whole[0], {"leadre-fused": whole[1], "leadre-signals": without[1]}
 
 
 def run(args: argparse.Namespace, settings: Settings) -> None:
@@ -171,7 +181,7 @@ def run(args: argparse.Namespace, settings: Settings) -> None:
     baselines = comparison.baseline_scorers(past, titles, settings.sasrec, settings.seed)
     rows, ranks = [], []
     for split, cases in splits.items():
-        results = {} if fused is None else {"leadre-fused": fused[1][split]}
+        results = {} if fused is None else {name: of[split] for name, of in fused[1].items()}
         results |= {
             "leadre" if stage == challenger else f"leadre-{stage}": measure(written, split)
             for stage, written in lists[split].items()

@@ -52,15 +52,18 @@ def adapter_config(
 
 
 def trained_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """The optimizer's float32 weights by name, whole, on the CPU; every rank has to ask for them.
+    """The optimizer's weights by name, whole, float32 copies on the CPU; every rank has to ask.
 
+    They are what the optimizer updates, also where the model computes with their bf16 roundings.
     Frozen weights are left out: they are those of the model that training started from.
     """
     weights = {}
     for name, weight in trainer.accelerator.unwrap_model(trainer.model).named_parameters():
         if weight.requires_grad:
             full = safe_get_full_fp32_param(weight)
-            weights[name] = (weight if full is None else full).detach().float().cpu()
+            weights[name] = (
+                (weight if full is None else full).detach().to("cpu", torch.float32, copy=True)
+            )
     return weights
 
 

@@ -575,7 +575,7 @@ def test_dpo_by_adapters_starts_from_the_sft_model(
 def test_adapters_go_on_after_a_stop(
     examples: pa.Table, settings: Settings, tmp_path: Path
 ) -> None:
-    section = one_rank(settings, lora_rank=2)
+    section = one_rank(settings, lora_rank=2, deepspeed="deepspeed_cpu_zero2.json")
     folders = [tmp_path / "whole", tmp_path / "stopped"]
     for folder in folders:
         prepare(examples, folder, section)
