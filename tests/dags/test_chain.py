@@ -178,7 +178,6 @@ def test_the_report_tells_the_day(world: Settings, day: dt.date) -> None:
     methods = [row["method"] for row in results_table(world, day)]
     assert methods[0] == "leadre"
     assert {"popularity", "item-knn", "nearest-titles", "sasrec"} <= set(methods)
-    assert {"leadre-fused", "leadre-signals"} <= set(methods)
     # The one that does not challenge stands there under its stage.
     assert len({"leadre-sft", "leadre-dpo"} & set(methods)) == 1
     row = results_table(world, day)[0]
