@@ -15,9 +15,10 @@ Columns: `tokens/s` counts what is read and no padding, `targets/s` answers lear
 how many times as many targets a second as with a target a sequence; `x bare`: how many times as
 many tokens a second as the bare loop; `of peak`: of `--peak-tflops`, 6 FLOPs a weight and token
 (Kaplan et al. 2020, arXiv 2001.08361, section 2.1). The methods take turns of some steps, so that
-whatever else the machine does meets them alike; the median over the turns is reported, after some
-that warm up. Checkpoints and validation are left out. On CPUs the run fails if the bare loop's
-losses are not ours in the first two turns: later, rounding has added up.
+whatever else the machine does meets them alike; the median over the turns is reported, of ratios
+that of those within a round, after some turns that warm up. Checkpoints and validation are left
+out. On CPUs the run fails if the bare loop's losses are not ours in the first two turns: later,
+rounding has added up.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ import math
 import multiprocessing
 import os
 import socket
-import statistics
 import tempfile
 import time
 from multiprocessing.connection import Connection
@@ -99,8 +99,8 @@ def arguments() -> argparse.ArgumentParser:
         ("behaviours", 14, "that a prompt tells, at 12 tokens or so"),
         ("targets", 8, "of a prompt"),
         ("rows", 8, "packed rows a step, all ranks together"),
-        ("steps", 3, "of a turn"),
-        ("turns", 8, "that are measured"),
+        ("steps", 5, "of a turn"),
+        ("turns", 12, "that are measured"),
         ("warm-up", 2, "turns that are not"),
         ("threads", 2, "of torch"),
     ):
@@ -350,21 +350,24 @@ def rows_of(
     methods: dict[str, Method], parameters: int, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """The table."""
-    rates = {}
-    for name, method in methods.items():
-        turns = method.turns[args.warm_up :]
-        rates[name] = [
-            statistics.median(getattr(turn, what) / turn.seconds for turn in turns)
-            for what in ("tokens", "targets")
-        ]
+    rates = {
+        name: np.array(
+            [
+                (turn.tokens / turn.seconds, turn.targets / turn.seconds)
+                for turn in method.turns[args.warm_up :]
+            ]
+        )
+        for name, method in methods.items()
+    }
     rows = []
-    for name, (tokens, targets) in rates.items():
+    for name, rate in rates.items():
+        tokens, targets = np.median(rate, axis=0)
         row: dict[str, Any] = {
             "method": name,
             "tokens/s": round(tokens),
             "targets/s": round(targets, 1),
-            "x one target": round(targets / rates[SPLIT][1], 3),
-            "x bare": round(tokens / rates[BARE][0], 3),
+            "x one target": round(float(np.median(rate[:, 1] / rates[SPLIT][:, 1])), 3),
+            "x bare": round(float(np.median(rate[:, 0] / rates[BARE][:, 0])), 3),
         }
         if args.peak_tflops:
             row["of peak"] = round(6 * parameters * tokens / (args.peak_tflops * 1e12), 4)
