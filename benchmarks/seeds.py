@@ -3,9 +3,9 @@
 Two errors are told apart. Seeds say how far training by chance differs; their interval is that of
 Student's t over the seeds' means. The cases are a sample of users, too: a rate over them has
 Wilson's interval. That holds for hit rates; for NDCG, whose cases have values between 0 and 1, it
-is the most that the error can be. Coverage
-and what is weighted by eCPM are no means over cases and have none. Two methods that were asked the
-same cases differ by less than that: their difference case by case has an interval of its own.
+is the most that the error can be. Coverage and what is weighted by eCPM have none. Two methods that
+were asked the same cases differ by less than that: their difference case by case has an interval of
+its own.
 
 Knows nothing of how the tables were made or are shown.
 """

@@ -54,7 +54,7 @@ def adapter_config(
 def trained_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     """The optimizer's weights by name, whole, float32 copies on the CPU; every rank has to ask.
 
-    They are what the optimizer updates, also where the model computes with their bf16 roundings.
+    Under ZeRO they are those that it updates, not the bf16 ones that the model computes with.
     Frozen weights are left out: they are those of the model that training started from.
     """
     weights = {}
